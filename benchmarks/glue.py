@@ -1,0 +1,340 @@
+"""Accuracy of MiniLM-L6 with an adapter on a GLUE task.
+
+Usage: python benchmarks/glue.py --task mrpc --method lora --data DIR
+Prints a table of dev scores per epoch on stderr and, at the end, one JSON line
+with every setting and result on stdout. Choose the backend by KERAS_BACKEND.
+"""
+
+import argparse
+import ast
+import csv
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from _minilm import build_classifier
+from _minilm import count
+from _minilm import preset_folder
+from rich.console import Console
+from rich.progress import BarColumn
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress
+from rich.progress import TextColumn
+from rich.progress import TimeRemainingColumn
+
+import keras_spectral as ks
+
+MAX_LENGTH = {"mrpc": 96, "rte": 128, "cola": 96, "sst2": 96}
+EVALUATION_SPLIT = {"mrpc": "dev", "rte": "dev", "cola": "dev", "sst2": "test"}
+Rows = tuple[list[str], list[str], np.ndarray]  # first, second, labels
+Inputs = dict[str, np.ndarray]
+
+
+def read_tsv(folder: pathlib.Path, task: str, split: str) -> Rows:
+    """Reads `task.split.tsv`: sentence1, sentence2 (may be empty), label."""
+    with open(folder / f"{task}.{split}.tsv", encoding="utf8") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = list(reader)
+    labels = np.array([int(row["label"]) for row in rows], "int32")
+    first = [row["sentence1"] for row in rows]
+    return first, [row["sentence2"] or "" for row in rows], labels
+
+
+def read_tfds(task: str, split: str) -> Rows:
+    """Reads the task from TensorFlow Datasets, which may download it."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            "No GLUE data: pass --data DIR or set KERAS_SPECTRAL_DATA to a "
+            f"directory whose folder text/ holds {task}.train.tsv and "
+            f"{task}.{EVALUATION_SPLIT[task]}.tsv, or "
+            "`pip install tensorflow-datasets` to download them."
+        ) from error
+    split = "train" if split == "train" else "validation"
+    data = tfds.as_numpy(tfds.load(f"glue/{task}", split=split, batch_size=-1))
+    labels = data["label"].astype("int32")
+    if task == "rte":  # there 0 is entailment, in the TSV files 1 is
+        labels = 1 - labels
+    first = data["sentence1"] if "sentence1" in data else data["sentence"]
+    second = data.get("sentence2", [b""] * len(first))
+    return (
+        [text.decode("utf8") for text in first],
+        [text.decode("utf8") for text in second],
+        labels,
+    )
+
+
+def read(given: str | None, task: str, split: str) -> Rows:
+    """Reads one split from TSV files, or without any from the network."""
+    root = os.environ.get("KERAS_SPECTRAL_DATA")
+    if given:
+        return read_tsv(pathlib.Path(given), task, split)
+    if root:
+        return read_tsv(pathlib.Path(root, "text"), task, split)
+    return read_tfds(task, split)
+
+
+def encode(
+    tokenizer: keras_hub.models.BertTokenizer,
+    first: list[str],
+    second: list[str],
+    length: int,
+) -> Inputs:
+    """Packs [CLS] first [SEP] or [CLS] first [SEP] second [SEP].
+
+    Too long a pair loses tokens from its longer sentence first, which is what
+    round robin comes to. Padding at the end is cut to the longest example,
+    rounded up to 8.
+    """
+    packer = keras_hub.layers.MultiSegmentPacker(
+        sequence_length=length,
+        start_value=tokenizer.cls_token_id,
+        end_value=tokenizer.sep_token_id,
+        pad_value=tokenizer.pad_token_id,
+        truncate="round_robin",
+    )
+    segments = (first, second) if any(second) else (first,)
+    token_ids, segment_ids = packer(tuple(tokenizer(s) for s in segments))
+    token_ids = keras.ops.convert_to_numpy(token_ids)
+    padding_mask = (token_ids != tokenizer.pad_token_id).astype("int32")
+    longest = -(-padding_mask.sum(axis=1).max() // 8) * 8
+    arrays = {
+        "token_ids": token_ids,
+        "segment_ids": keras.ops.convert_to_numpy(segment_ids),
+        "padding_mask": padding_mask,
+    }
+    return {name: array[:, :longest] for name, array in arrays.items()}
+
+
+class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises linearly from 0 to `peak`, then falls linearly to 0."""
+
+    def __init__(self, peak: float, warmup_steps: int, total_steps: int):
+        self.peak = peak
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+
+    def __call__(self, step):
+        step = keras.ops.cast(step, "float32")
+        rise = step / max(1, self.warmup_steps)
+        left = self.total_steps - step
+        fall = left / max(1, self.total_steps - self.warmup_steps)
+        return self.peak * keras.ops.maximum(0.0, keras.ops.minimum(rise, fall))
+
+    def get_config(self):
+        return {
+            "peak": self.peak,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.total_steps,
+        }
+
+
+def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, F1 of class 1 and Matthews correlation."""
+    hits = ((predicted == 1) & (labels == 1)).sum()
+    positives = (predicted == 1).sum() + (labels == 1).sum()
+    matthews = np.corrcoef(predicted, labels)[0, 1] if predicted.std() else 0.0
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "f1": float(2 * hits / max(1, positives)),
+        "matthews": float(matthews),
+    }
+
+
+def evaluate(
+    model: keras.Model, inputs: Inputs, labels: np.ndarray
+) -> dict[str, float]:
+    """Scores the model on the evaluation split."""
+    logits = model.predict(inputs, batch_size=64, verbose=0)
+    return scores(logits.argmax(axis=-1), labels)
+
+
+class ShowProgress(keras.callbacks.Callback):
+    """Moves a rich progress bar on at every step."""
+
+    def __init__(self, bar: Progress, total_steps: int):
+        super().__init__()
+        self.bar = bar
+        self.task = bar.add_task(
+            "train", total=total_steps, epoch=0, loss=float("nan")
+        )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.bar.update(self.task, epoch=epoch + 1)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.update(self.task, advance=1, loss=float(logs["loss"]))
+
+
+def progress_bar(epochs: int, show: Console) -> Progress:
+    """One bar for the whole training: epoch, step, loss, time left."""
+    return Progress(
+        TextColumn(f"epoch {{task.fields[epoch]}}/{epochs}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(),
+        console=show,
+    )
+
+
+def train(
+    model: keras.Model,
+    data: tuple[Inputs, np.ndarray],
+    dev: tuple[Inputs, np.ndarray],
+    args: argparse.Namespace,
+    show: Console,
+) -> list[dict[str, float]]:
+    """Compiles, fits and scores after each epoch; returns the history.
+
+    One `fit` per epoch, on rows in a fresh seeded order: KerasHub does not
+    shuffle, and so every backend and the peer see the same batches.
+    """
+    inputs, labels = data
+    rng = np.random.default_rng(args.seed)
+    pool = rng.permutation(len(labels))[: args.examples]
+    total_steps = args.epochs * -(-len(pool) // args.batch)
+    model.compile(
+        keras.optimizers.AdamW(
+            WarmupLinear(args.lr, int(0.06 * total_steps), total_steps),
+            weight_decay=0.01,
+            epsilon=1e-8,
+            global_clipnorm=1.0,
+        ),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    history = []
+    start = time.time()
+    with progress_bar(args.epochs, show) as bar:
+        progress = ShowProgress(bar, total_steps)
+        for epoch in range(args.epochs):
+            rows = rng.permutation(pool)
+            fitted = model.fit(
+                {name: array[rows] for name, array in inputs.items()},
+                labels[rows],
+                batch_size=args.batch,
+                initial_epoch=epoch,
+                epochs=epoch + 1,
+                shuffle=False,
+                verbose=0,
+                callbacks=[progress],
+            )
+            result = {
+                "epoch": epoch + 1,
+                "loss": fitted.history["loss"][0],
+                **evaluate(model, *dev),
+                "seconds": round(time.time() - start, 1),
+            }
+            history.append(result)
+            values = (f"{name} {value:.4g}" for name, value in result.items())
+            bar.console.print("  ".join(values), highlight=False)
+    return history
+
+
+def adapt(model: keras.Model, args: argparse.Namespace) -> None:
+    """Makes the model train what the method trains, in place."""
+    if args.method == "full":
+        return
+    if args.method == "head":  # classifier and pooler, as the peer does
+        for layer in model.backbone.layers:
+            layer.trainable = layer is model.backbone.pooled_dense
+        return
+    ks.wrap_model(
+        model, args.method, target=args.target, **method_options(args)
+    )
+    ks.adapter_summary(model)
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options for the adapter's constructor."""
+    options = {
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "dropout": args.dropout,
+        **dict(args.option),
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Reads `key=value`, the value as a Python literal if it is one."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--task", choices=MAX_LENGTH, default="mrpc")
+    add("--method", default="lora", help="full, head or an adapter's name")
+    add("--data", help="folder of TSV files")
+    add("--target", default="attention", help="preset word or regex")
+    add("--rank", type=int, default=8)
+    add("--alpha", type=float, default=16)
+    add("--dropout", type=float)
+    add("--option", type=parse_option, action="append", default=[])
+    add("--lr", type=float, help="default: 1e-3, for full 5e-5")
+    add("--epochs", type=int, default=5)
+    add("--batch", type=int, default=32)
+    add("--seed", type=int, default=0)
+    add("--examples", type=int, help="train on that many, drawn by the seed")
+    add("--length", type=int, help="longest input in tokens")
+    args = parser.parse_args()
+    args.lr = args.lr or (5e-5 if args.method == "full" else 1e-3)
+    args.length = args.length or MAX_LENGTH[args.task]
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    show = Console(stderr=True)
+    keras.utils.set_random_seed(args.seed)
+    tokenizer = keras_hub.models.BertTokenizer.from_preset(
+        preset_folder(), strip_accents=True
+    )
+
+    def load(split: str) -> tuple[Inputs, np.ndarray]:
+        first, second, labels = read(args.data, args.task, split)
+        return encode(tokenizer, first, second, args.length), labels
+
+    data = load("train")
+    dev = load(EVALUATION_SPLIT[args.task])
+    model = build_classifier()
+    adapt(model, args)
+    trainable = {
+        "backbone": count(model.backbone.trainable_variables),
+        "head": count(model.output_dense.trainable_variables),
+        "total": count(model.trainable_variables),
+    }
+    show.print("trainable parameters:", trainable)
+    history = train(model, data, dev, args, show)
+    settings = {**vars(args), "option": dict(args.option)}
+    del settings["data"]
+    result = {
+        "benchmark": "glue",
+        "backend": keras.backend.backend(),
+        **settings,
+        "padded_length": data[0]["token_ids"].shape[1],
+        "trainable": trainable,
+        **{k: v for k, v in history[-1].items() if k != "epoch"},
+        "history": history,
+        "keras": keras.__version__,
+        "keras_hub": keras_hub.__version__,
+        "cpus": os.cpu_count(),
+    }
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Milliseconds per training step and peak memory, variants side by side.
+
+Usage: KERAS_BACKEND=jax python benchmarks/step_time.py --case all
+Prints a table on stderr and one JSON line per backend and case on stdout.
+All variants of a case are timed in one process in turn (A B C D A B C D ...),
+so that a busy machine slows all of them alike; ratios are medians of the
+ratios within a round. Peak memory comes from a process per variant.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+VARIANTS = ("frozen", "lora", "enable_lora", "full")
+CASES = ("minilm", "dense")
+RANK = 8
+BATCH = {"minilm": 16, "dense": 256}
+STEPS = {"minilm": 12, "dense": 50}
+TOKENS = 128
+
+
+def minilm_case() -> tuple[Any, list, Any, Any]:
+    """MiniLM-L6 with its query and value layers, and random token ids."""
+    import numpy as np
+    from _minilm import build_classifier
+
+    model = build_classifier()
+    layers = []
+    for block in model.backbone.transformer_layers:
+        attention = block._self_attention_layer
+        layers += [attention.query_dense, attention.value_dense]
+    rng = np.random.default_rng(0)
+    shape = (BATCH["minilm"] * STEPS["minilm"], TOKENS)
+    inputs = {
+        "token_ids": rng.integers(1000, 20000, shape).astype("int32"),
+        "segment_ids": np.zeros(shape, "int32"),
+        "padding_mask": np.ones(shape, "int32"),
+    }
+    return model, layers, inputs, rng.integers(0, 2, shape[0]).astype("int32")
+
+
+def dense_case() -> tuple[Any, list, Any, Any]:
+    """Dense 1024 -> 4096 -> 1024 twice, and random rows."""
+    import keras
+    import numpy as np
+
+    layers = [
+        keras.layers.Dense(units, activation="relu", name=f"dense_{i}")
+        for i, units in enumerate([4096, 1024, 4096, 1024])
+    ]
+    model = keras.Sequential([keras.Input((1024,)), *layers])
+    rng = np.random.default_rng(0)
+    shape = (BATCH["dense"] * STEPS["dense"], 1024)
+    inputs = rng.normal(size=shape).astype("float32")
+    return model, layers, inputs, rng.normal(size=shape).astype("float32")
+
+
+def train_only(model: Any, variables: list) -> None:
+    """Freezes every other variable of the model."""
+    chosen = {id(variable) for variable in variables}
+    for variable in model.weights:
+        variable.trainable = id(variable) in chosen
+
+
+def build(case: str, variant: str) -> tuple[Any, Any, Any]:
+    """A compiled model, ready to fit, with its inputs and targets.
+
+    What trains: `frozen`, the bias of the first wrapped layer, so that the
+    backward pass still runs through the whole model; `lora` and
+    `enable_lora`, the two factors of every wrapped layer; `full`, everything.
+    A task head trains in `full` only.
+    """
+    import keras
+
+    model, layers, inputs, targets = (
+        minilm_case() if case == "minilm" else dense_case()
+    )
+    if variant == "frozen":
+        train_only(model, [layers[0].bias])
+    elif variant == "enable_lora":
+        for layer in layers:
+            layer.enable_lora(RANK)
+        factors = [(x.lora_kernel_a, x.lora_kernel_b) for x in layers]
+        train_only(model, [factor for pair in factors for factor in pair])
+    elif variant == "lora":
+        import keras_spectral as ks
+
+        target = "attention" if case == "minilm" else keras.layers.Dense
+        ks.wrap_model(
+            model, "lora", target=target, rank=RANK, alpha=RANK, trainable=[]
+        )
+    loss = (
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if case == "minilm"
+        else keras.losses.MeanSquaredError()
+    )
+    model.compile(keras.optimizers.AdamW(1e-3), loss)
+    return model, inputs, targets
+
+
+def fit(case: str, model: Any, inputs: Any, targets: Any) -> None:
+    """One epoch, as users run it."""
+    model.fit(inputs, targets, batch_size=BATCH[case], shuffle=False, verbose=0)
+
+
+def time_variants(case: str, variants: list[str], repeats: int) -> dict:
+    """Times every variant in every round; the work of the timing process."""
+    from _minilm import count
+
+    built = {variant: build(case, variant) for variant in variants}
+    for variant in variants:
+        fit(case, *built[variant])
+    milliseconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for variant in variants:
+            start = time.perf_counter()
+            fit(case, *built[variant])
+            seconds = time.perf_counter() - start
+            milliseconds[variant].append(seconds / STEPS[case] * 1e3)
+    trainable = {
+        name: count(model.trainable_variables)
+        for name, (model, _, _) in built.items()
+    }
+    return {"milliseconds": milliseconds, "trainable": trainable}
+
+
+def peak_memory(case: str, variant: str) -> dict:
+    """Trains one variant alone; the work of a memory process."""
+    import resource
+
+    fit(case, *build(case, variant))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_mb": peak // 1024}
+
+
+def run(command: list[str], backend: str | None = None) -> dict:
+    """Runs a command and reads the JSON on the last line of its output."""
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
+    if backend:
+        environment["KERAS_BACKEND"] = backend
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"{' '.join(command)} failed with exit status {done.returncode}:\n"
+            f"{done.stderr[-2000:]}"
+        )
+    return json.loads(done.stdout.strip().split("\n")[-1])
+
+
+def run_peer(args: argparse.Namespace) -> dict:
+    """HF PEFT's LoRA on the same model and batch, in its own environment."""
+    sizes = {
+        "--batch": BATCH["minilm"],
+        "--length": TOKENS,
+        "--steps": STEPS["minilm"],
+        "--repeats": args.repeats,
+    }
+    options = [str(part) for pair in sizes.items() for part in pair]
+    return run([args.peer_python, args.peer_script, "lora", *options])
+
+
+def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
+    """All figures of one case on one backend."""
+    worker = [sys.executable, os.path.abspath(__file__), "--case", case]
+    peers = []
+    with_peer = case == "minilm" and args.peer_script
+    if with_peer:
+        peers.append(run_peer(args))
+    timed = run(
+        [*worker, "--repeats", str(args.repeats), "--variants", *args.variants]
+        + ["--worker", "time"],
+        backend,
+    )
+    if with_peer:
+        peers.append(run_peer(args))
+    rows = {}
+    for name in args.variants:
+        memory = run(
+            [*worker, "--variants", name, "--worker", "memory"], backend
+        )
+        times = timed["milliseconds"][name]
+        rows[name] = {
+            "ms": statistics.median(times),
+            "ms_min": min(times),
+            "trainable": timed["trainable"][name],
+            **memory,
+        }
+    if peers:
+        rows["hf_peft"] = {
+            "ms": statistics.mean(peer["ms_median"] for peer in peers),
+            "ms_min": min(peer["ms_min"] for peer in peers),
+            "trainable": peers[0]["trainable"],
+            "peak_mb": max(peer["peak_mb"] for peer in peers),
+        }
+    for reference in ("frozen", "enable_lora", "hf_peft"):
+        add_ratios(rows, timed["milliseconds"], reference)
+    return rows
+
+
+def add_ratios(
+    rows: dict[str, dict], milliseconds: dict[str, list], reference: str
+) -> None:
+    """Adds each variant's time relative to the reference's."""
+    if reference not in rows:
+        return
+    for name, row in rows.items():
+        if name in milliseconds and reference in milliseconds:
+            pairs = zip(
+                milliseconds[name], milliseconds[reference], strict=True
+            )
+            ratio = statistics.median(own / other for own, other in pairs)
+        else:  # the peer runs before and after, so there are no rounds
+            ratio = row["ms"] / rows[reference]["ms"]
+        row[f"to_{reference}"] = ratio
+
+
+def show_table(case: str, backend: str, rows: dict[str, dict]) -> None:
+    """Prints the figures of one case on one backend."""
+    table = Table(title=f"training step: {case} on {backend}")
+    table.add_column("variant")
+    columns = {
+        "ms": "ms",
+        "ms_min": "min ms",
+        "to_frozen": "x frozen",
+        "to_enable_lora": "x enable_lora",
+        "to_hf_peft": "x HF PEFT",
+        "trainable": "trainable",
+        "peak_mb": "peak MB",
+    }
+    known = [key for key in columns if any(key in r for r in rows.values())]
+    for key in known:
+        table.add_column(columns[key], justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *[form(key, row[key]) for key in known])
+    Console(stderr=True).print(table)
+
+
+def form(key: str, value: float) -> str:
+    """Writes a figure for the table."""
+    if key.startswith("to_"):
+        return f"{value:.2f}"
+    return f"{value:,.1f}" if key.startswith("ms") else f"{value:,}"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--case", choices=[*CASES, "all"], default="all")
+    add("--backends", help="comma separated; default: KERAS_BACKEND")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--repeats", type=int, default=7)
+    add("--peer-python", default=sys.executable)
+    add("--peer-script", help="script that times HF PEFT; none: no peer")
+    add("--worker", choices=["time", "memory"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker == "time":
+        print(json.dumps(time_variants(args.case, args.variants, args.repeats)))
+        return
+    if args.worker == "memory":
+        print(json.dumps(peak_memory(args.case, args.variants[0])))
+        return
+    backends = args.backends or os.environ.get("KERAS_BACKEND", "tensorflow")
+    for backend in backends.split(","):
+        for case in CASES if args.case == "all" else [args.case]:
+            rows = measure(case, backend, args)
+            show_table(case, backend, rows)
+            result = {
+                "benchmark": "step_time",
+                "backend": backend,
+                "case": case,
+                "batch": BATCH[case],
+                "steps": STEPS[case],
+                "repeats": args.repeats,
+                "rank": RANK,
+                "cpus": os.cpu_count(),
+                "variants": {
+                    name: {k: round(v, 3) for k, v in row.items()}
+                    for name, row in rows.items()
+                },
+            }
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The base of every adapter: a transparent wrapper around one linear layer."""
+
+import inspect
+import math
+import numbers
+
+import keras
+from keras import ops
+
+from keras_spectral.kernels import kernel_view
+from keras_spectral.kernels import view_class_of
+
+METHODS: dict[str, type["AdapterLayer"]] = {}
+
+# What the base would apply to its own output. The adapter holds and applies
+# it, because the correction enters before it.
+_HELD = ("activation", "activity_regularizer", "logit_soft_cap")
+
+
+def register_method(name: str):
+    """Class decorator: makes an adapter known to `wrap_model` and to Keras."""
+
+    def register(cls):
+        METHODS[name] = cls
+        cls.method = name
+        return keras.saving.register_keras_serializable("keras_spectral")(cls)
+
+    return register
+
+
+class AdapterLayer(keras.layers.Wrapper):
+    """Base class of adapters: `y = activation(base(x) + delta(x))`.
+
+    It takes one linear layer (the base), freezes it for good, and adds a
+    correction `delta(x) = scale * x A B` before the base's activation. A
+    method supplies its weights (`build_adapter`) and the thin pair A, B made
+    of them (`factors`); freezing, masks, merging, attribute forwarding,
+    dtypes and configuration live here. Attributes that the adapter lacks are
+    the base's; the base's `kernel` (or `embeddings`) is the effective one.
+
+    Once built, the adapter holds the base's activation and activity
+    regularizer: `release` gives them back, `hold` takes them again.
+
+    Args:
+        layer: The base: a layer that `keras_spectral.kernels` has a view of.
+        **kwargs: Keras layer arguments. `name` defaults to the base's name,
+            `dtype` to the base's floating policy.
+
+    Call arguments:
+        inputs: What the base takes; further arguments go to the base.
+        training: Boolean, whether dropout is active.
+
+    Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: The base is an adapter already, or no view covers it.
+    """
+
+    method: str
+    default_target = "attention"
+    dropout = 0.0
+
+    def __init__(self, layer, **kwargs):
+        if isinstance(layer, AdapterLayer):
+            raise ValueError(
+                f"Layer '{layer.name}' is already wrapped "
+                f"({type(layer).__name__}). Expected a plain layer; unwrap "
+                "or merge it first."
+            )
+        view_class_of(layer)
+        kwargs.setdefault("name", layer.name)
+        kwargs.setdefault("dtype", _float_policy(layer))
+        kwargs.setdefault("autocast", layer.autocast)
+        super().__init__(layer, **kwargs)
+        self.supports_masking = layer.supports_masking
+        self.disabled = False
+        self._holding = False
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        self.hold()
+        try:
+            self.view = kernel_view(self.layer)
+            self.scale = self.add_weight(
+                name="scale",
+                shape=(),
+                initializer=keras.initializers.Constant(self.initial_scale()),
+                trainable=False,
+                dtype="float32",
+            )
+            self.build_adapter()
+        except Exception:
+            self.release()
+            raise
+
+    def build_adapter(self):
+        """Creates the method's weights; `self.view` knows the shapes."""
+        raise NotImplementedError
+
+    def initial_scale(self):
+        """What the correction is multiplied by."""
+        return 1.0
+
+    def call(self, inputs, training=None, **kwargs):
+        outputs = self.layer(inputs, **kwargs)
+        delta = self.delta(inputs, training=training, **kwargs)
+        outputs = outputs + ops.cast(delta, outputs.dtype)
+        return self.finish(outputs, **kwargs)
+
+    def delta(self, inputs, training=None, **kwargs):
+        """The correction to the base's output, before the activation."""
+        a, b = self.factors()
+        a = ops.cast(a, self.compute_dtype)
+        b = ops.cast(b * self.scale, self.compute_dtype)
+        if training and self.dropout:
+            inputs = keras.random.dropout(
+                inputs, self.dropout, seed=self.seed_generator
+            )
+        return self.view.apply(inputs, a, b, **kwargs)
+
+    def factors(self):
+        """The pair A (n_in x r), B (r x n_out) of the unscaled correction."""
+        raise NotImplementedError
+
+    def finish(self, outputs, reverse=False):
+        """What the base does to its output once the correction is in."""
+        cap = getattr(self, "logit_soft_cap", None)
+        if reverse and cap is not None:
+            outputs = ops.tanh(outputs / cap) * cap
+        if getattr(self, "activation", None) is not None:
+            outputs = self.activation(outputs)
+        return outputs
+
+    def delta_matrix(self):
+        """The matrix (n_in x n_out, float32) that the kernel gains."""
+        a, b = self.factors()
+        return ops.matmul(a, b * self.scale)
+
+    def merged_matrix(self):
+        """Kernel plus correction as a float32 matrix (n_in x n_out).
+
+        Raises:
+            ValueError: It holds a NaN or an infinity, the base is quantised,
+                or the adapter is switched off.
+        """
+        self.view.check_assignable()
+        if self.disabled:
+            raise ValueError(
+                f"The adapter of layer '{self.name}' is switched off. Expected "
+                "an active one: leave the `adapters_disabled` block first."
+            )
+        matrix = self.view.matrix() + self.delta_matrix()
+        if not ops.all(ops.isfinite(matrix)):
+            raise ValueError(
+                f"The merged kernel of layer '{self.name}' holds NaN or "
+                "infinite values, so nothing was merged. The training "
+                "probably diverged: load an earlier adapter file."
+            )
+        return matrix
+
+    def merge(self):
+        """Folds the correction into the base's kernel."""
+        self.view.assign(self.merged_matrix())
+
+    def hold(self):
+        """Freezes the base and takes over what it does to its output."""
+        if self._holding:
+            return
+        self._holding = True
+        self._base_trainable = self.layer.trainable
+        self.layer.trainable = False
+        for name in _HELD:
+            if hasattr(self.layer, name):
+                setattr(self, name, getattr(self.layer, name))
+                setattr(self.layer, name, None)
+
+    def release(self):
+        """Makes the base whole again, as it was before it was wrapped."""
+        if not self._holding:
+            return
+        self._holding = False
+        self.layer.trainable = self._base_trainable
+        for name in _HELD:
+            if hasattr(self.layer, name):
+                setattr(self.layer, name, getattr(self, name))
+
+    def options(self):
+        """The method's own arguments, by name."""
+        names = inspect.signature(type(self).__init__).parameters
+        skipped = ("self", "layer", "kwargs")
+        return {n: getattr(self, n) for n in names if n not in skipped}
+
+    def get_config(self):
+        holding = self._holding
+        self.release()
+        try:
+            config = super().get_config()
+        finally:
+            if holding:
+                self.hold()
+        config.pop("activity_regularizer", None)
+        return {**config, **self.options()}
+
+    @property
+    def trainable(self):
+        return keras.layers.Layer.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.layers.Layer.trainable.fset(self, value)
+        if self._holding:
+            self.layer.trainable = False
+
+    def compute_mask(self, inputs, mask=None):
+        return self.layer.compute_mask(inputs, mask)
+
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_output_spec(self, inputs, training=None, **kwargs):
+        return self.layer.compute_output_spec(inputs, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            # PyTorch modules keep some attributes outside of `__dict__`.
+            return super().__getattr__(name)
+        except AttributeError:
+            own = name.startswith("_") or name in ("layer", "view")
+            if own or (self._holding and name in _HELD):
+                raise
+        view = getattr(self, "view", None)
+        if view is not None and name == view.kernel_name:
+            return view.kernel(self.view.matrix() + self.delta_matrix())
+        return getattr(self.layer, name)
+
+
+def check_rank(rank, name="rank"):
+    """Raises unless `rank` is a whole number above zero."""
+    whole = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
+    if not whole or rank < 1:
+        raise ValueError(
+            f"Received {name}={rank!r}. Expected a whole number of at least "
+            "1, such as 8."
+        )
+
+
+def check_number(value, name, low=-math.inf, high=math.inf):
+    """Raises unless `value` is a number with `low <= value < high`."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not low <= value < high:
+        raise ValueError(
+            f"Received {name}={value!r}. Expected a number with "
+            f"{low} <= {name} < {high}."
+        )
+
+
+def check_choice(value, name, choices):
+    """Raises unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"Received {name}={value!r}. Expected one of {list(choices)}."
+        )
+
+
+def _float_policy(layer):
+    """The base's dtype policy without its quantisation."""
+    compute, variable = layer.compute_dtype, layer.variable_dtype
+    return compute if compute == variable else f"mixed_{compute}"

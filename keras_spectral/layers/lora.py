@@ -1,0 +1,177 @@
+"""LoRA: a trained low-rank pair beside a frozen kernel."""
+
+import functools
+import math
+
+import keras
+from keras import ops
+
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.layers.adapter import register_method
+from keras_spectral.linalg import truncated_svd
+
+
+@register_method("lora")
+class LoRADense(AdapterLayer):
+    """Low-rank adaptation of a linear layer: `y = base(x) + s * x A B`.
+
+    A (n_in x rank) starts uniform in +-sqrt(1/n_in), B (rank x n_out) starts
+    at zero, so the adapted layer starts as the base. It trains exactly
+    `rank * (n_in + n_out)` numbers. `s` is `alpha / rank`, or
+    `alpha / sqrt(rank)` with `scaling="rslora"`, which keeps the size of the
+    update when the rank grows.
+
+    With `initializer="pissa"` the pair starts as the kernel's own first
+    singular triplets, A = U sqrt(S) and B = sqrt(S) V^T over `rank` of them,
+    and `y = base(x) + s * x (A B - A0 B0)` with the start A0, B0 kept frozen.
+    That is training inside a kernel `K - s A0 B0`, while the base's own
+    kernel is never touched. It learns faster than a start from zero and
+    costs a second thin pair.
+
+    Use it as the first thing to try: it is cheap, and it merges exactly.
+    Works on Dense, EinsumDense, Conv (then A is a convolution and B a 1x1),
+    SeparableConv, transposed convolutions and Embedding.
+
+    Source: Hu et al. 2021, arXiv 2106.09685, equation 3; rsLoRA: Kalajdzievski
+    2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv 2404.02948.
+
+    Args:
+        layer: The base layer.
+        rank: Columns of A, 1 to min(n_in, n_out).
+        alpha: Strength of the update. Defaults to `rank`, so `s = 1`.
+        dropout: Share of inputs dropped before A while training, 0 <= p < 1.
+        scaling: `"standard"` (alpha/rank) or `"rslora"` (alpha/sqrt(rank)).
+        initializer: `"kaiming"` or `"pissa"`.
+        seed: Integer seed of A's start and of dropout.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the base takes.
+        training: Boolean, whether dropout is active.
+
+    Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: A bad option; a rank above the kernel's smaller dimension;
+            dropout on an Embedding; a base that no view covers.
+
+    Example:
+
+    >>> layer = LoRADense(keras.layers.Dense(64, activation="relu"), rank=4)
+    >>> outputs = layer(keras.ops.ones((2, 32)))
+    >>> sum(w.shape[0] * w.shape[1] for w in layer.trainable_weights)
+    384
+    """
+
+    def __init__(
+        self,
+        layer,
+        rank=8,
+        alpha=None,
+        dropout=0.0,
+        scaling="standard",
+        initializer="kaiming",
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        set_lora_options(
+            self, rank, alpha, dropout, scaling, initializer, seed
+        )
+
+    def build_adapter(self):
+        add_lora_factors(self)
+
+    def initial_scale(self):
+        return lora_scale(self.rank, self.alpha, self.scaling)
+
+    def factors(self):
+        return lora_factors(self)
+
+
+def set_lora_options(
+    adapter, rank, alpha, dropout, scaling, initializer, seed
+):
+    """Checks and keeps the options that LoRA and its relatives share."""
+    check_rank(rank)
+    if alpha is not None:
+        check_number(alpha, "alpha")
+    check_number(dropout, "dropout", 0, 1)
+    check_choice(scaling, "scaling", ("standard", "rslora"))
+    check_choice(initializer, "initializer", ("kaiming", "pissa"))
+    if dropout and isinstance(adapter.layer, keras.layers.Embedding):
+        raise ValueError(
+            f"Received dropout={dropout} for the Embedding "
+            f"'{adapter.name}'. Expected 0: token ids cannot be dropped."
+        )
+    adapter.rank = int(rank)
+    adapter.alpha = adapter.rank if alpha is None else alpha
+    adapter.dropout = dropout
+    adapter.scaling = scaling
+    adapter.initializer = initializer
+    adapter.seed = seed
+    if dropout:
+        adapter.seed_generator = keras.random.SeedGenerator(seed)
+
+
+def lora_scale(rank, alpha, scaling):
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+
+
+def add_lora_factors(adapter):
+    """Gives the adapter `lora_a`, `lora_b` and, for PiSSA, their start."""
+    view, rank = adapter.view, adapter.rank
+    if rank > view.max_rank:
+        raise ValueError(
+            f"Received rank={rank} for layer '{adapter.name}', whose kernel "
+            f"is {view.n_in} x {view.n_out}. Expected at most "
+            f"{view.max_rank}; give this layer its own rank with `overrides`, "
+            "or exclude it."
+        )
+    bound = math.sqrt(1 / view.fan_in)
+    a_start = keras.initializers.RandomUniform(-bound, bound, adapter.seed)
+    b_start = "zeros"
+    if adapter.initializer == "pissa":
+        a_start, b_start = _pissa_start(view, rank)
+        _add_pair(adapter, "start_a", "start_b", a_start, b_start, False)
+    _add_pair(adapter, "lora_a", "lora_b", a_start, b_start, True)
+
+
+def lora_factors(adapter):
+    if adapter.initializer != "pissa":
+        return adapter.lora_a, adapter.lora_b
+    a = ops.concatenate([adapter.lora_a, adapter.start_a], axis=1)
+    b = ops.concatenate([adapter.lora_b, -adapter.start_b], axis=0)
+    return a, b
+
+
+def _add_pair(adapter, a_name, b_name, a_start, b_start, trainable):
+    rank, view = adapter.rank, adapter.view
+    for name, shape, start in (
+        (a_name, (view.n_in, rank), a_start),
+        (b_name, (rank, view.n_out), b_start),
+    ):
+        variable = adapter.add_weight(
+            name=name,
+            shape=shape,
+            initializer=start,
+            trainable=trainable,
+            dtype="float32",
+        )
+        setattr(adapter, name, variable)
+
+
+def _pissa_start(view, rank):
+    @functools.cache
+    def halves():
+        u, s, v = truncated_svd(view.matrix(), rank)
+        root = ops.sqrt(s)
+        return u * root, ops.transpose(v * root)
+
+    return (
+        lambda shape, dtype=None: halves()[0],
+        lambda shape, dtype=None: halves()[1],
+    )

@@ -1,0 +1,265 @@
+"""One safetensors file: adapters, their configuration, and trained heads."""
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from keras_spectral.kernels import kernel_view
+from keras_spectral.layers import METHODS
+from keras_spectral.layers import AdapterLayer
+from keras_spectral.select import places
+from keras_spectral.surgery import own_variables
+from keras_spectral.wrap import require_adapters
+from keras_spectral.wrap import wrap_places
+
+_FORMAT = "keras_spectral.adapters"
+_VERSION = 1
+
+
+def save_adapters(model: keras.Model, path: str | os.PathLike) -> None:
+    """Saves a model's adapters, and the layers that train beside them.
+
+    The file is safetensors: a float32 tensor for each weight, and in its
+    metadata the format and its version, each adapter's place, method and
+    options, the places of trained heads, and a fingerprint of the base
+    (names and shapes). The base's own weights are not in it.
+
+    Args:
+        model: A wrapped model.
+        path: The file; an existing one is replaced, whole or not at all.
+
+    Raises:
+        ValueError: The model has no adapters, or they are switched off.
+    """
+    if any(adapter.disabled for adapter in require_adapters(model)):
+        raise ValueError(
+            f"The adapters of model '{model.name}' are switched off. Expected "
+            "active ones: leave the `adapters_disabled` block, then save."
+        )
+    found = places(model)
+    adapters = [p for p in found if isinstance(p.layer, AdapterLayer)]
+    heads = [p for p in found if _trains_itself(p.layer)]
+    entries = [
+        {
+            "path": place.key,
+            "method": place.layer.method,
+            "options": place.layer.options(),
+        }
+        for place in adapters
+    ]
+    metadata = {
+        "format": _FORMAT,
+        "format_version": str(_VERSION),
+        "adapters": json.dumps(entries),
+        "trainable": json.dumps([place.key for place in heads]),
+        "base": _fingerprint(found),
+    }
+    tensors = {
+        name: _to_numpy(variable)
+        for place in (*adapters, *heads)
+        for name, variable in _named_weights(place).items()
+    }
+    _write(tensors, path, metadata)
+
+
+def load_adapters(model: keras.Model, path: str | os.PathLike) -> keras.Model:
+    """Loads an adapter file into a model, which is wrapped first if plain.
+
+    Loading is strict and all or nothing: after an error the model is as it
+    was.
+
+    Args:
+        model: The base model that the adapters were trained on, plain, or
+            wrapped with the same methods, places and options.
+        path: A file that `save_adapters` wrote.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The file is no adapter file or damaged, belongs to another
+            model, or has missing, unexpected or differently shaped tensors.
+        FileNotFoundError: There is no such file.
+    """
+    tensors, metadata = _read(path)
+    found = places(model)
+    if metadata["base"] != _fingerprint(found):
+        raise ValueError(
+            f"{path} belongs to another model: layer names or shapes of "
+            f"'{model.name}' differ from those that the adapters were trained "
+            f"on. The file has adapters for {_first(metadata['adapters'])}."
+        )
+    by_key = {place.key: place for place in found}
+    entries = _check_entries(metadata["adapters"], by_key, path)
+    heads = [by_key[key] for key in _known(metadata["trainable"], by_key, path)]
+    wrapped = {p.key: p for p in found if isinstance(p.layer, AdapterLayer)}
+    if wrapped:
+        _check_same(entries, wrapped, path)
+        _fill([*wrapped.values(), *heads], tensors, path)
+        return model
+    requests = [
+        (by_key[e["path"]], METHODS[e["method"]], e["options"]) for e in entries
+    ]
+
+    def fill(adapters):
+        made = [
+            type(place)(place.path, place.key, adapter)
+            for (place, _, _), adapter in zip(requests, adapters)
+        ]
+        _fill([*made, *heads], tensors, path)
+
+    wrap_places(model, requests, heads, fill)
+    return model
+
+
+def _trains_itself(layer):
+    return not isinstance(layer, AdapterLayer) and any(
+        variable.trainable for variable in own_variables(layer)
+    )
+
+
+def _named_weights(place):
+    """A layer's own weights by name in the file, random state left out."""
+    named = {}
+    for variable in own_variables(place.layer):
+        name = f"{place.key}/{variable.name}"
+        while name in named:
+            name += "_"
+        named[name] = variable
+    return named
+
+
+def _to_numpy(variable):
+    value = keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
+    return np.asarray(value, order="C")
+
+
+def _fingerprint(found):
+    """A hash of every base weight's name and shape."""
+    lines = []
+    for place in found:
+        layer = place.layer
+        base = layer.layer if isinstance(layer, AdapterLayer) else layer
+        try:
+            view = kernel_view(base)
+            lines.append(f"{place.key} {view.n_in} {view.n_out}")
+        except ValueError:
+            for variable in own_variables(base):
+                shape = tuple(variable.shape)
+                lines.append(f"{place.key}/{variable.name} {shape}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _write(tensors, path, metadata):
+    path = pathlib.Path(path)
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        safetensors.numpy.save_file(tensors, part, metadata)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+def _read(path):
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"There is no adapter file {path}.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}). It may be "
+            "damaged or of another kind; save it again with `save_adapters`."
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is a safetensors file, but not one of keras_spectral: "
+            f"format={metadata.get('format')!r}, expected {_FORMAT!r}."
+        )
+    if metadata.get("format_version") != str(_VERSION):
+        raise ValueError(
+            f"{path} has format version {metadata.get('format_version')!r}; "
+            f"this keras_spectral reads version {_VERSION}. Upgrade it."
+        )
+    try:
+        metadata["adapters"] = json.loads(metadata["adapters"])
+        metadata["trainable"] = json.loads(metadata["trainable"])
+        metadata["base"]
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has damaged metadata: {error!r}.") from error
+    return tensors, metadata
+
+
+def _first(entries):
+    paths = [str(entry.get("path")) for entry in entries[:4]]
+    more = len(entries) - len(paths)
+    return ", ".join(paths) + (f" and {more} more" if more else "")
+
+
+def _known(keys, by_key, path):
+    for key in keys:
+        if key not in by_key:
+            raise ValueError(f"{path} names '{key}', which the model lacks.")
+    return keys
+
+
+def _check_entries(entries, by_key, path):
+    _known([entry["path"] for entry in entries], by_key, path)
+    for entry in entries:
+        if entry["method"] not in METHODS:
+            raise ValueError(
+                f"{path} needs method {entry['method']!r}, which is not "
+                f"registered. Known: {sorted(METHODS)}. Import the module "
+                "that defines it, or upgrade keras_spectral."
+            )
+    return entries
+
+
+def _check_same(entries, wrapped, path):
+    saved = {e["path"]: (e["method"], e["options"]) for e in entries}
+    present = {
+        key: (place.layer.method, _through_json(place.layer.options()))
+        for key, place in wrapped.items()
+    }
+    for key in sorted(saved.keys() | present.keys()):
+        if saved.get(key) != present.get(key):
+            raise ValueError(
+                f"{path} does not fit the wrapped model at '{key}': the file "
+                f"has {saved.get(key)}, the model {present.get(key)}. Wrap "
+                "the model in the same way, or `unwrap_model` it and load."
+            )
+
+
+def _through_json(options):
+    return json.loads(json.dumps(options))
+
+
+def _fill(targets, tensors, path):
+    variables = {}
+    for place in targets:
+        variables.update(_named_weights(place))
+    missing = sorted(variables.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - variables.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not hold exactly the adapters' tensors: missing "
+            f"{missing[:4]}, unexpected {unexpected[:4]}."
+        )
+    for name, variable in variables.items():
+        if tuple(tensors[name].shape) != tuple(variable.shape):
+            raise ValueError(
+                f"{path}: tensor '{name}' has shape {tensors[name].shape}, "
+                f"the model needs {tuple(variable.shape)}."
+            )
+    for name, variable in variables.items():
+        variable.assign(tensors[name])

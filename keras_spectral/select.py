@@ -1,0 +1,268 @@
+"""Which layers a target means: paths, patterns, presets."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable
+from collections.abc import Iterable
+
+import keras
+
+from keras_spectral.kernels import view_class_of
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.surgery import output_layers
+from keras_spectral.surgery import own_variables
+from keras_spectral.surgery import sublayers
+
+Target = str | type | Callable[[keras.layers.Layer], bool] | Iterable
+
+# Names that KerasHub gives to query and value projections, fused ones too.
+_ATTENTION = re.compile(
+    r"(.*_)?(query|value|qkv|q|v)"
+    r"(_(dense|proj|projection|projector|proj_layer|conv2d))?"
+    r"|query_key_value|in_proj_qkv|attention_qkv\d?|c_attn|to_[qv]"
+)
+_LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+_CONV = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_TIED = keras.layers.ReversibleEmbedding
+_MAX_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layer and where it is.
+
+    Attributes:
+        path: Layer names from the root, unique: what patterns match.
+        key: The same, with Keras's automatic names numbered among siblings,
+            so that it is equal when the same model is built again.
+    """
+
+    path: str
+    key: str
+    layer: keras.layers.Layer
+
+
+def places(model: keras.Model) -> list[Place]:
+    """Every layer below the model once, in tracking order, with its path.
+
+    An adapter counts as the layer it wraps: its base has no place of its own.
+
+    Args:
+        model: The root; it has no path itself.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(2, name="head")]
+    ... )
+    >>> [place.path for place in places(model)]
+    ['input_layer', 'head']
+    """
+    found, seen = [], {id(model)}
+
+    def walk(owner, path, key):
+        children = [c for c in sublayers(owner) if id(c) not in seen]
+        seen.update(id(child) for child in children)
+        names = _unique([child.name for child in children])
+        keys = _unique([_plain_name(child) for child in children])
+        for child, name, plain in zip(children, names, keys):
+            place = Place(path + name, key + plain, child)
+            found.append(place)
+            if not isinstance(child, AdapterLayer):
+                walk(child, f"{place.path}/", f"{place.key}/")
+
+    walk(model, "", "")
+    return found
+
+
+def select(
+    model: keras.Model,
+    candidates: list[Place],
+    target: Target,
+    exclude: Target | None = None,
+) -> list[Place]:
+    """The places that a target means, less those that `exclude` means.
+
+    Raises:
+        ValueError: Nothing matches, a pattern is no regex, a preset is
+            unknown, or a tied embedding is caught by a pattern.
+    """
+    chosen = _matching(model, candidates, target)
+    if exclude is not None:
+        dropped = _matching(model, candidates, exclude)
+        chosen = [place for place in chosen if place not in dropped]
+    if not chosen:
+        shown = describe(adaptable(candidates))
+        raise ValueError(
+            f"Nothing in model '{model.name}' matches target={target!r}"
+            + (f" with exclude={exclude!r}" if exclude is not None else "")
+            + f". A pattern must match a whole path. Layers here: {shown}."
+        )
+    return chosen
+
+
+def adaptable(candidates: list[Place]) -> list[Place]:
+    """The places whose layers a view covers."""
+    return [place for place in candidates if _covered(_subject(place.layer))]
+
+
+def match_paths(candidates: list[Place], pattern: str) -> list[Place]:
+    """The places whose whole path a regex matches.
+
+    Where no path matches, the stable keys are tried, which are what adapter
+    files hold.
+
+    Raises:
+        ValueError: The pattern is no regular expression.
+    """
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is not a regular expression: {error}. Expected "
+            r"one such as r'.*/(query|value)'."
+        ) from error
+    found = [p for p in candidates if regex.fullmatch(p.path)]
+    return found or [p for p in candidates if regex.fullmatch(p.key)]
+
+
+def describe(candidates: list[Place]) -> str:
+    """A few paths, for messages."""
+    if not candidates:
+        return "none that an adapter fits (is the model built?)"
+    shown = ", ".join(repr(place.path) for place in candidates[:_MAX_SHOWN])
+    more = len(candidates) - _MAX_SHOWN
+    return shown + (f" and {more} more" if more > 0 else "")
+
+
+def outside_backbone(model, candidates: list[Place]) -> list[Place]:
+    """The weight-holding places of a task model outside of its backbone."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, keras.layers.Layer):
+        return []
+    inside = {id(place.layer) for place in places(backbone)} | {id(backbone)}
+    return [
+        place
+        for place in candidates
+        if id(place.layer) not in inside and own_variables(place.layer)
+    ]
+
+
+def _subject(layer):
+    """The layer itself, or the base of an adapter."""
+    return layer.layer if isinstance(layer, AdapterLayer) else layer
+
+
+def _matching(model, candidates, target):
+    if isinstance(target, str):
+        if target in _PRESETS:
+            return _PRESETS[target](model, candidates)
+        return _untied(match_paths(candidates, target), target)
+    if isinstance(target, type):
+        return [p for p in candidates if isinstance(_subject(p.layer), target)]
+    if callable(target):
+        chosen = [p for p in candidates if target(_subject(p.layer))]
+        return _untied(chosen, target)
+    if isinstance(target, Iterable):
+        parts = [_matching(model, candidates, part) for part in target]
+        chosen = {id(place): place for part in parts for place in part}
+        return [place for place in candidates if id(place) in chosen]
+    raise ValueError(
+        f"Received target={target!r}. Expected a regex, a preset "
+        f"({', '.join(map(repr, _PRESETS))}), a layer class, a callable "
+        "`layer -> bool`, or a list of these."
+    )
+
+
+def _untied(chosen, target):
+    for place in chosen:
+        if isinstance(_subject(place.layer), _TIED):
+            raise ValueError(
+                f"target={target!r} matches '{place.path}', a "
+                "ReversibleEmbedding: its table is the input embedding and "
+                "the output projection at once, so an adapter changes both. "
+                "Exclude it, or ask for it by its class: "
+                "target=keras.layers.ReversibleEmbedding."
+            )
+    return chosen
+
+
+def _covered(layer):
+    try:
+        view_class_of(layer)
+    except ValueError:
+        return False
+    return True
+
+
+def _attention(model, candidates):
+    """Query and value projections of every attention layer."""
+    return [
+        place
+        for place in candidates
+        if isinstance(_subject(place.layer), (*_LINEAR, *_CONV))
+        and _ATTENTION.fullmatch(place.layer.name)
+    ]
+
+
+def _all_linear(model, candidates):
+    """Every Dense and EinsumDense but heads."""
+    heads = {id(p.layer) for p in outside_backbone(model, candidates)}
+    if not hasattr(model, "backbone") and not _is_backbone(model):
+        heads |= {id(layer) for layer in output_layers(model)}
+    return [
+        place
+        for place in candidates
+        if isinstance(_subject(place.layer), _LINEAR)
+        and id(place.layer) not in heads
+    ]
+
+
+def _conv(model, candidates):
+    return [p for p in candidates if isinstance(_subject(p.layer), _CONV)]
+
+
+def _all(model, candidates):
+    """Every layer that a view covers but tied embeddings."""
+    covered = adaptable(candidates)
+    return [p for p in covered if not isinstance(_subject(p.layer), _TIED)]
+
+
+_PRESETS = {
+    "attention": _attention,
+    "all-linear": _all_linear,
+    "conv": _conv,
+    "all": _all,
+}
+
+
+def _is_backbone(model):
+    return any(c.__name__ == "Backbone" for c in type(model).__mro__)
+
+
+def _plain_name(layer):
+    """The name, or for an automatic one (`dense_7`) the class's."""
+    name = _snake(type(_subject(layer)).__name__)
+    automatic = re.fullmatch(rf"{re.escape(name)}(_\d+)?", layer.name)
+    return name if automatic else layer.name
+
+
+def _snake(name):
+    """A class name as Keras writes it in automatic layer names."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _unique(names):
+    """`a, a, b` becomes `a, a_1, b`; a number never meets a given name."""
+    given, used, unique = set(names), set(), []
+    for name in names:
+        fresh, count = name, 0
+        while fresh in used or (count and fresh in given):
+            count += 1
+            fresh = f"{name}_{count}"
+        used.add(fresh)
+        unique.append(fresh)
+    return unique

@@ -1,0 +1,241 @@
+"""Puts one layer in another's place: the one file that knows Keras's insides.
+
+Keras addresses a layer from many places: attributes and containers of its
+owners, their trackers, PyTorch's module and parameter tables, TensorFlow's
+checkpoint names, and the nodes and lists of functional graphs. All live
+owners are found through the garbage collector, so a second model that shares
+a layer sees the change as well.
+"""
+
+import contextlib
+import gc
+
+import keras
+from keras.src.ops.function import make_node_key
+from keras.src.ops.node import KerasHistory
+from keras.src.utils.tracking import DotNotTrackScope
+
+_COMPILED = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+    "_cached_spec_generate_fn",
+)
+
+
+def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers that a layer tracks directly, in tracking order."""
+    return list(layer._layers)
+
+
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The weights that a layer holds itself, not through sublayers."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def output_layers(model: keras.Model) -> list[keras.Operation]:
+    """What computes a sequential or functional model's outputs."""
+    if isinstance(model, keras.Sequential):
+        return model.layers[-1:]
+    outputs = getattr(model, "outputs", None) or []
+    return [tensor._keras_history.operation for tensor in outputs]
+
+
+def set_trainable(
+    layer: keras.layers.Layer, flag: bool, weights: bool | list[bool]
+) -> None:
+    """Sets a layer's flag and those of its own weights, not its sublayers'.
+
+    A weight that was created as non-trainable stays so.
+    """
+    layer._trainable = flag
+    own = layer._trainable_variables
+    if isinstance(weights, bool):
+        weights = [weights] * len(own)
+    for variable, trainable in zip(own, weights):
+        variable.trainable = trainable
+
+
+def trainable_flags(layer: keras.layers.Layer) -> tuple[bool, list[bool]]:
+    """What `set_trainable` would restore."""
+    return layer._trainable, [v.trainable for v in layer._trainable_variables]
+
+
+def build_in_place(layer: keras.layers.Wrapper, twin: int = 0) -> None:
+    """Builds a wrapper so that its weights' paths lie under its base's.
+
+    Args:
+        layer: A wrapper with the name of its built base.
+        twin: Number of a base whose path another one has as well (KerasHub
+            has such), to keep the weights' paths apart.
+    """
+    base = layer.layer
+    names = (base.path or base.name).split("/")[:-1]
+    names += [base.name, f"adapter_{twin}"] if twin else []
+    shape = (base.get_build_config() or {}).get("input_shape")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(keras.name_scope(name))
+        layer.build(shape)
+
+
+def replace_layers(swaps: dict) -> list[keras.Model]:
+    """Puts layers in the place of others, everywhere, all at once.
+
+    Args:
+        swaps: `{old layer: new layer}`. A new layer may own its old one.
+
+    Returns:
+        The live models that hold one of the new layers.
+    """
+    mapping = {id(old): (old, new) for old, new in swaps.items()}
+    operations = _live_operations()
+    wrappers = {id(new) for new in swaps.values()}
+    wrapped = {id(old) for old in swaps}
+    keys = {}
+    for old, new in swaps.items():
+        keys.update(_move_nodes(old, new))
+    for owner in operations:
+        # Between a wrapper and its own base nothing is to be exchanged.
+        if id(owner) not in wrappers and id(owner) not in wrapped:
+            _replace_in(owner, mapping, keys)
+    owners = [op for op in operations if isinstance(op, keras.layers.Layer)]
+    return _refresh_owners(owners, list(swaps.values()))
+
+
+def forget_compiled(models: list[keras.Model]) -> None:
+    """Drops compiled functions, which would go on running old layers."""
+    for model in models:
+        for name in _COMPILED:
+            if getattr(model, name, None) is not None:
+                setattr(model, name, None)
+        if hasattr(model, "_compiled_trainable_state"):
+            state = {lay: lay.trainable for lay in model._flatten_layers()}
+            with DotNotTrackScope():
+                model._compiled_trainable_state = state
+
+
+def fresh_optimizers(models: list[keras.Model]) -> dict:
+    """Unbuilt copies of the models' built optimizers, by model."""
+    fresh = {}
+    for model in models:
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is not None and optimizer.built:
+            config = optimizer.get_config()
+            fresh[model] = type(optimizer).from_config(config)
+    return fresh
+
+
+def install_optimizers(fresh: dict) -> None:
+    """Gives the models optimizers that know nothing of old variables."""
+    for model, optimizer in fresh.items():
+        with DotNotTrackScope():
+            model.optimizer = optimizer
+
+
+def models_holding(layers: list[keras.layers.Layer]) -> list[keras.Model]:
+    """The live models in whose tree one of the layers is."""
+    wanted = {id(layer) for layer in layers}
+    found = []
+    for operation in _live_operations():
+        if isinstance(operation, keras.Model):
+            tree = operation._flatten_layers()
+            if any(id(layer) in wanted for layer in tree):
+                found.append(operation)
+    return found
+
+
+def _live_operations():
+    # `type(x)` rather than `isinstance(x, ...)`: proxies among the objects
+    # may run code when they are asked for their class.
+    return [x for x in gc.get_objects() if issubclass(type(x), keras.Operation)]
+
+
+def _move_nodes(old, new):
+    """Hands over the graph nodes; returns renamed node keys."""
+    keys = {}
+    new._inbound_nodes, old._inbound_nodes = old._inbound_nodes, []
+    new._outbound_nodes, old._outbound_nodes = old._outbound_nodes, []
+    for index, node in enumerate(new._inbound_nodes):
+        keys[make_node_key(old, index)] = make_node_key(new, index)
+        node.operation = new
+        for tensor in node.outputs:
+            _, node_index, tensor_index = tensor._keras_history
+            history = KerasHistory(new, node_index, tensor_index)
+            tensor._keras_history = history
+    return keys
+
+
+def _replace_in(owner, mapping, keys):
+    tracker = getattr(owner, "_tracker", None)
+    if tracker is not None:
+        for key in tracker.stored_ids["layers"] & mapping.keys():
+            tracker.replace_tracked_value("layers", *mapping[key])
+    # PyTorch keeps modules apart from the other attributes.
+    for store in (vars(owner), vars(owner).get("_modules")):
+        for name, value in list((store or {}).items()):
+            if name in ("_tracker", "_modules"):
+                continue
+            swapped = _swapped(value, mapping, set())
+            if swapped is not value:
+                # TensorFlow and PyTorch keep books in `__setattr__`; Keras's
+                # own are kept above.
+                with DotNotTrackScope():
+                    setattr(owner, name, swapped)
+    if keys and isinstance(vars(owner).get("_nodes"), set):
+        owner._nodes = {keys.get(key, key) for key in owner._nodes}
+
+
+def _swapped(value, mapping, seen):
+    """The value with layers exchanged; most containers change in place.
+
+    Tuples are made anew, and TensorFlow's own lists and dicts, which refuse
+    to be saved after a change.
+    """
+    if id(value) in mapping:
+        return mapping[id(value)][1]
+    if id(value) in seen or not isinstance(value, (list, dict, tuple, set)):
+        return value
+    seen.add(id(value))
+    if isinstance(value, set):
+        for item in [item for item in value if id(item) in mapping]:
+            value.remove(item)
+            value.add(mapping[id(item)][1])
+        return value
+    is_dict = isinstance(value, dict)
+    keys = list(value) if is_dict else range(len(value))
+    items = [value[key] for key in keys]
+    fresh = [_swapped(item, mapping, seen) for item in items]
+    if all(new is old for new, old in zip(fresh, items)):
+        return value
+    if isinstance(value, tuple):
+        named = hasattr(value, "_fields")
+        return type(value)(*fresh) if named else type(value)(fresh)
+    if type(value).__module__.startswith("tensorflow."):
+        return dict(zip(keys, fresh)) if is_dict else fresh
+    for key, item in zip(keys, fresh):
+        value[key] = item
+    return value
+
+
+def _refresh_owners(owners, layers):
+    """Renews what owners derive from their trees; returns the models."""
+    changed = {id(layer) for layer in layers}
+    parents = {}
+    for owner in owners:
+        for child in owner._layers:
+            parents.setdefault(id(child), []).append(owner)
+    above, queue = {}, [layer for layer in layers]
+    while queue:
+        layer = queue.pop()
+        for parent in parents.get(id(layer), []):
+            if id(parent) not in above:
+                above[id(parent)] = parent
+                queue.append(parent)
+    for owner in [*above.values(), *layers]:
+        # PyTorch's `zero_grad` and `parameters` look here.
+        if hasattr(owner, "_torch_params"):
+            owner._track_variables()
+    models = [x for x in above.values() if isinstance(x, keras.Model)]
+    return [model for model in models if id(model) not in changed]
