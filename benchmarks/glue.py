@@ -237,7 +237,7 @@ def train(
     return history
 
 
-def adapt(model: keras.Model, args: argparse.Namespace) -> None:
+def adapt(model: keras.Model, args: argparse.Namespace, show: Console) -> None:
     """Makes the model train what the method trains, in place."""
     if args.method == "full":
         return
@@ -245,21 +245,15 @@ def adapt(model: keras.Model, args: argparse.Namespace) -> None:
         for layer in model.backbone.layers:
             layer.trainable = layer is model.backbone.pooled_dense
         return
-    ks.wrap_model(
-        model, args.method, target=args.target, **method_options(args)
-    )
-    ks.adapter_summary(model)
-
-
-def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options for the adapter's constructor."""
-    options = {
+    numbers = {
         "rank": args.rank,
         "alpha": args.alpha,
         "dropout": args.dropout,
-        **dict(args.option),
     }
-    return {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in numbers.items() if value}
+    options = {**given, **dict(args.option)}
+    ks.wrap_model(model, args.method, target=args.target, **options)
+    ks.adapter_summary(model, show)
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -280,10 +274,17 @@ def parse_args() -> argparse.Namespace:
     add("--method", default="lora", help="full, head or an adapter's name")
     add("--data", help="folder of TSV files")
     add("--target", default="attention", help="preset word or regex")
-    add("--rank", type=int, default=8)
-    add("--alpha", type=float, default=16)
-    add("--dropout", type=float)
-    add("--option", type=parse_option, action="append", default=[])
+    add("--rank", type=int, default=8, help="0: leave it to the method")
+    add("--alpha", type=float, default=16, help="0: leave it to the method")
+    add("--dropout", type=float, default=0.0)
+    add(
+        "--option",
+        type=parse_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other option of the method, repeatable",
+    )
     add("--lr", type=float, help="default: 1e-3, for full 5e-5")
     add("--epochs", type=int, default=5)
     add("--batch", type=int, default=32)
@@ -311,7 +312,7 @@ def main() -> None:
     data = load("train")
     dev = load(EVALUATION_SPLIT[args.task])
     model = build_classifier()
-    adapt(model, args)
+    adapt(model, args, show)
     trainable = {
         "backbone": count(model.backbone.trainable_variables),
         "head": count(model.output_dense.trainable_variables),

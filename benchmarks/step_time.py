@@ -23,7 +23,7 @@ VARIANTS = ("frozen", "lora", "enable_lora", "full")
 CASES = ("minilm", "dense")
 RANK = 8
 BATCH = {"minilm": 16, "dense": 256}
-STEPS = {"minilm": 12, "dense": 50}
+STEPS = 12
 TOKENS = 128
 
 
@@ -38,7 +38,7 @@ def minilm_case() -> tuple[Any, list, Any, Any]:
         attention = block._self_attention_layer
         layers += [attention.query_dense, attention.value_dense]
     rng = np.random.default_rng(0)
-    shape = (BATCH["minilm"] * STEPS["minilm"], TOKENS)
+    shape = (BATCH["minilm"] * STEPS, TOKENS)
     inputs = {
         "token_ids": rng.integers(1000, 20000, shape).astype("int32"),
         "segment_ids": np.zeros(shape, "int32"),
@@ -58,7 +58,7 @@ def dense_case() -> tuple[Any, list, Any, Any]:
     ]
     model = keras.Sequential([keras.Input((1024,)), *layers])
     rng = np.random.default_rng(0)
-    shape = (BATCH["dense"] * STEPS["dense"], 1024)
+    shape = (BATCH["dense"] * STEPS, 1024)
     inputs = rng.normal(size=shape).astype("float32")
     return model, layers, inputs, rng.normal(size=shape).astype("float32")
 
@@ -124,7 +124,7 @@ def time_variants(case: str, variants: list[str], repeats: int) -> dict:
             start = time.perf_counter()
             fit(case, *built[variant])
             seconds = time.perf_counter() - start
-            milliseconds[variant].append(seconds / STEPS[case] * 1e3)
+            milliseconds[variant].append(seconds / STEPS * 1e3)
     trainable = {
         name: count(model.trainable_variables)
         for name, (model, _, _) in built.items()
@@ -162,7 +162,7 @@ def run_peer(args: argparse.Namespace) -> dict:
     sizes = {
         "--batch": BATCH["minilm"],
         "--length": TOKENS,
-        "--steps": STEPS["minilm"],
+        "--steps": STEPS,
         "--repeats": args.repeats,
     }
     options = [str(part) for pair in sizes.items() for part in pair]
@@ -283,7 +283,7 @@ def main() -> None:
                 "backend": backend,
                 "case": case,
                 "batch": BATCH[case],
-                "steps": STEPS[case],
+                "steps": STEPS,
                 "repeats": args.repeats,
                 "rank": RANK,
                 "cpus": os.cpu_count(),

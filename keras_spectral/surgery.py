@@ -80,28 +80,42 @@ def build_in_place(layer: keras.layers.Wrapper, twin: int = 0) -> None:
         layer.build(shape)
 
 
-def replace_layers(swaps: dict) -> list[keras.Model]:
+def replace_layers(
+    swaps: dict[keras.layers.Layer, keras.layers.Layer],
+    renew_optimizers: bool = False,
+) -> list[keras.Model]:
     """Puts layers in the place of others, everywhere, all at once.
 
     Args:
         swaps: `{old layer: new layer}`. A new layer may own its old one.
+        renew_optimizers: Whether models get an unbuilt copy of their built
+            optimizer, which knows nothing of the old variables.
 
     Returns:
-        The live models that hold one of the new layers.
+        The live models that hold one of the layers.
     """
-    mapping = {id(old): (old, new) for old, new in swaps.items()}
     operations = _live_operations()
-    wrappers = {id(new) for new in swaps.values()}
-    wrapped = {id(old) for old in swaps}
+    above = _owners_above(operations, swaps)
+    models = [x for x in above if isinstance(x, keras.Model)]
+    # All that can fail for a model's own reasons comes before any change.
+    optimizers = _fresh_optimizers(models) if renew_optimizers else {}
+    mapping = {id(old): (old, new) for old, new in swaps.items()}
+    swapped = {id(layer) for pair in swaps.items() for layer in pair}
     keys = {}
     for old, new in swaps.items():
         keys.update(_move_nodes(old, new))
     for owner in operations:
         # Between a wrapper and its own base nothing is to be exchanged.
-        if id(owner) not in wrappers and id(owner) not in wrapped:
+        if id(owner) not in swapped:
             _replace_in(owner, mapping, keys)
-    owners = [op for op in operations if isinstance(op, keras.layers.Layer)]
-    return _refresh_owners(owners, list(swaps.values()))
+    for owner in [*swaps.values(), *above]:
+        # PyTorch's `zero_grad` and `parameters` look here.
+        if hasattr(owner, "_torch_params"):
+            owner._track_variables()
+    for model, optimizer in optimizers.items():
+        with DotNotTrackScope():
+            model.optimizer = optimizer
+    return models
 
 
 def forget_compiled(models: list[keras.Model]) -> None:
@@ -116,8 +130,32 @@ def forget_compiled(models: list[keras.Model]) -> None:
                 model._compiled_trainable_state = state
 
 
-def fresh_optimizers(models: list[keras.Model]) -> dict:
-    """Unbuilt copies of the models' built optimizers, by model."""
+def _live_operations():
+    kinds, queue = set(), [keras.Operation]
+    while queue:
+        kind = queue.pop()
+        if kind not in kinds:
+            kinds.add(kind)
+            queue += kind.__subclasses__()
+    return [x for x in gc.get_objects() if type(x) in kinds]
+
+
+def _owners_above(operations, layers):
+    """All live layers in whose trees one of the layers is."""
+    parents = {}
+    for owner in operations:
+        for child in getattr(owner, "_layers", ()):
+            parents.setdefault(id(child), []).append(owner)
+    above, queue = {}, list(layers)
+    while queue:
+        for parent in parents.get(id(queue.pop()), ()):
+            if id(parent) not in above:
+                above[id(parent)] = parent
+                queue.append(parent)
+    return list(above.values())
+
+
+def _fresh_optimizers(models):
     fresh = {}
     for model in models:
         optimizer = getattr(model, "optimizer", None)
@@ -125,31 +163,6 @@ def fresh_optimizers(models: list[keras.Model]) -> dict:
             config = optimizer.get_config()
             fresh[model] = type(optimizer).from_config(config)
     return fresh
-
-
-def install_optimizers(fresh: dict) -> None:
-    """Gives the models optimizers that know nothing of old variables."""
-    for model, optimizer in fresh.items():
-        with DotNotTrackScope():
-            model.optimizer = optimizer
-
-
-def models_holding(layers: list[keras.layers.Layer]) -> list[keras.Model]:
-    """The live models in whose tree one of the layers is."""
-    wanted = {id(layer) for layer in layers}
-    found = []
-    for operation in _live_operations():
-        if isinstance(operation, keras.Model):
-            tree = operation._flatten_layers()
-            if any(id(layer) in wanted for layer in tree):
-                found.append(operation)
-    return found
-
-
-def _live_operations():
-    # `type(x)` rather than `isinstance(x, ...)`: proxies among the objects
-    # may run code when they are asked for their class.
-    return [x for x in gc.get_objects() if issubclass(type(x), keras.Operation)]
 
 
 def _move_nodes(old, new):
@@ -217,25 +230,3 @@ def _swapped(value, mapping, seen):
     for key, item in zip(keys, fresh):
         value[key] = item
     return value
-
-
-def _refresh_owners(owners, layers):
-    """Renews what owners derive from their trees; returns the models."""
-    changed = {id(layer) for layer in layers}
-    parents = {}
-    for owner in owners:
-        for child in owner._layers:
-            parents.setdefault(id(child), []).append(owner)
-    above, queue = {}, [layer for layer in layers]
-    while queue:
-        layer = queue.pop()
-        for parent in parents.get(id(layer), []):
-            if id(parent) not in above:
-                above[id(parent)] = parent
-                queue.append(parent)
-    for owner in [*above.values(), *layers]:
-        # PyTorch's `zero_grad` and `parameters` look here.
-        if hasattr(owner, "_torch_params"):
-            owner._track_variables()
-    models = [x for x in above.values() if isinstance(x, keras.Model)]
-    return [model for model in models if id(model) not in changed]

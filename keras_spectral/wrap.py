@@ -140,9 +140,9 @@ def unwrapped(model: keras.Model) -> Iterator[keras.Model]:
         ValueError: The model has no adapters.
     """
     adapters = require_adapters(model)
+    models = surgery.replace_layers({a: a.layer for a in adapters})
     for adapter in adapters:
         adapter.release()
-    models = surgery.replace_layers({a: a.layer for a in adapters})
     surgery.forget_compiled(models)
     try:
         yield model
@@ -213,18 +213,16 @@ def wrap_places(
                 place, adapter_class, options, adapters
             )
         fill(list(adapters.values()))
-        models = surgery.models_holding(list(adapters))
-        optimizers = surgery.fresh_optimizers(models)
+        tree = _tree(model)
+        models = surgery.replace_layers(adapters, renew_optimizers=True)
     except Exception:
         for adapter in adapters.values():
             adapter.release()
         raise
-    for layer in _tree(model):
+    for layer in tree:
         if not isinstance(layer, AdapterLayer):
             _FLAGS.setdefault(layer, flags[id(layer)])
-    models = surgery.replace_layers(adapters)
     _freeze(model, [place.layer for place in kept])
-    surgery.install_optimizers(optimizers)
     surgery.forget_compiled(models)
 
 
@@ -239,12 +237,11 @@ def _build_adapter(place, adapter_class, options, others):
 
 
 def _take_off(model, adapters):
-    optimizers = surgery.fresh_optimizers(surgery.models_holding(adapters))
+    swaps = {adapter: adapter.layer for adapter in adapters}
+    models = surgery.replace_layers(swaps, renew_optimizers=True)
     for adapter in adapters:
         adapter.release()
-    models = surgery.replace_layers({a: a.layer for a in adapters})
     _restore_flags(model)
-    surgery.install_optimizers(optimizers)
     surgery.forget_compiled(models)
 
 

@@ -171,7 +171,8 @@ def _pissa_start(view, rank):
         root = ops.sqrt(s)
         return u * root, ops.transpose(v * root)
 
+    # Copies: two variables must not share one buffer.
     return (
-        lambda shape, dtype=None: halves()[0],
-        lambda shape, dtype=None: halves()[1],
+        lambda shape, dtype=None: ops.copy(halves()[0]),
+        lambda shape, dtype=None: ops.copy(halves()[1]),
     )

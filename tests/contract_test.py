@@ -1,0 +1,320 @@
+"""What every adapter promises, on every kind of layer it fits.
+
+A new adapter is picked up from `keras_spectral.__all__`; it has to name its
+layer kinds and the variants of its options here, and then passes all of this.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+
+import keras
+import layer_cases
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_spectral as ks
+
+KINDS = {"LoRADense": layer_cases.ALL, "ConvLoRA": layer_cases.PLAIN_CONV}
+
+
+def _lora_size(case, layer):
+    return 2 * case.size
+
+
+def _loralib_size(case, layer):
+    size, _, c_in, c_out = layer.kernel.shape
+    return 2 * size**2 * (c_in * layer.groups + c_out // layer.groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Options of an adapter, and how many weights it then trains."""
+
+    adapter: str
+    name: str
+    options: dict
+    size: Callable
+    fits: Callable = lambda case: True
+    exact_start: bool = True
+
+    def make(self, layer, **more):
+        return getattr(ks, self.adapter)(layer, **self.options, **more)
+
+
+def _square_2d(case):
+    names = ("conv_2d", "conv_2d_strided", "conv_2d_1x1", "conv_2d_groups")
+    return case.name in names
+
+
+_ONE_PER_VIEW = (
+    "dense",
+    "einsum_kernel_last",
+    "einsum_batched",
+    "conv_2d_strided",
+    "conv_2d_groups",
+    "conv_separable",
+    "conv_transpose",
+    "embedding",
+)
+VARIANTS = [
+    Variant("LoRADense", "lora", {"rank": 2}, _lora_size),
+    Variant(
+        "LoRADense",
+        "rslora",
+        {"rank": 2, "scaling": "rslora", "alpha": 3},
+        _lora_size,
+        fits=lambda case: case.name in ("dense", "conv_2d"),
+    ),
+    Variant(
+        "LoRADense",
+        "pissa",
+        {"rank": 2, "initializer": "pissa"},
+        _lora_size,
+        fits=lambda case: case.name in _ONE_PER_VIEW,
+        exact_start=False,
+    ),
+    Variant("ConvLoRA", "channel", {"rank": 2, "alpha": 4}, _lora_size),
+    Variant(
+        "ConvLoRA",
+        "loralib",
+        {"rank": 2, "factorization": "loralib"},
+        _loralib_size,
+        fits=_square_2d,
+    ),
+]
+PAIRS = [
+    pytest.param(variant, case, id=f"{variant.name}-{case.name}")
+    for variant in VARIANTS
+    for case in KINDS[variant.adapter]
+    if variant.fits(case)
+]
+CONTRACT = pytest.mark.parametrize(("variant", "case"), PAIRS)
+
+
+def test_no_adapter_skips_the_contract():
+    adapters = {
+        name
+        for name in ks.__all__
+        if inspect.isclass(getattr(ks, name))
+        and issubclass(getattr(ks, name), ks.AdapterLayer)
+    } - {"AdapterLayer"}
+    assert adapters == set(KINDS) == {variant.adapter for variant in VARIANTS}
+
+
+def _model(case, dtype=None):
+    """Input -> the case's layer, with a frozen copy of its plain outputs."""
+    kind = "int32" if case.tokens else dtype and "float32"
+    inputs = keras.Input(case.shape[1:], dtype=kind)
+    layer = case.make()
+    if dtype:
+        layer = type(layer).from_config({**layer.get_config(), "dtype": dtype})
+    return keras.Model(inputs, layer(inputs)), layer
+
+
+def _wrapped(variant, case, dtype=None):
+    model, layer = _model(case, dtype)
+    plain = _numpy(model(case.inputs()))
+    cls = getattr(ks, variant.adapter)
+    ks.wrap_model(model, cls, target=lambda x: x is layer, **variant.options)
+    adapter = next(x for x in model.layers if isinstance(x, cls))
+    return model, adapter, plain
+
+
+def _randomize(adapter):
+    rng = np.random.default_rng(5)
+    for weight in adapter.trainable_weights:
+        weight.assign(weight + rng.normal(0, 0.3, weight.shape))
+
+
+def _numpy(x):
+    return ops.convert_to_numpy(ops.cast(x, "float32"))
+
+
+def _close(got, expected, atol=1e-5):
+    scale = max(1.0, np.abs(_numpy(expected)).max())
+    np.testing.assert_allclose(
+        _numpy(got), _numpy(expected), atol=atol * scale, rtol=0
+    )
+
+
+@CONTRACT
+def test_starts_as_the_base_with_the_right_count(variant, case):
+    model, adapter, _ = _wrapped(variant, case)
+    base = adapter.layer
+    got = model(case.inputs())
+    with ks.unwrapped(model):
+        expected = model(case.inputs())
+    error = np.abs(_numpy(got) - _numpy(expected)).max()
+    assert error <= (0.0 if variant.exact_start else 1e-5)
+    count = sum(np.prod(w.shape) for w in model.trainable_weights)
+    assert count == variant.size(case, base)
+    assert not base.trainable_weights
+
+
+@CONTRACT
+def test_fit_moves_the_adapter_and_nothing_else(variant, case):
+    model, adapter, plain = _wrapped(variant, case)
+    frozen = [w.numpy() for w in adapter.layer.weights]
+    before = [w.numpy() for w in adapter.trainable_weights]
+    model.trainable = True  # must not thaw the base
+    model.compile(optimizer=keras.optimizers.Adam(0.05), loss="mse")
+    model.fit(case.inputs(), plain + 1.0, epochs=2, verbose=0)
+    for weight, value in zip(adapter.layer.weights, frozen):
+        np.testing.assert_array_equal(weight.numpy(), value)
+    for weight, value in zip(adapter.trainable_weights, before):
+        assert np.abs(weight.numpy() - value).max() > 0, weight.path
+
+
+@CONTRACT
+def test_disabled_unwrapped_and_merged(variant, case):
+    model, adapter, _ = _wrapped(variant, case)
+    base, values = adapter.layer, [w.numpy() for w in adapter.layer.weights]
+    _randomize(adapter)
+    adapted = model(case.inputs())
+    with ks.unwrapped(model):
+        assert base in model.layers
+        plain = model(case.inputs())
+    _close(model(case.inputs()), adapted, 1e-6)
+    assert np.abs(_numpy(adapted) - _numpy(plain)).max() > 1e-3
+    with ks.adapters_disabled(model):
+        np.testing.assert_array_equal(
+            _numpy(model(case.inputs())), _numpy(plain)
+        )
+    effective = adapter.view.to_matrix(getattr(adapter, _kernel_name(adapter)))
+    ks.unwrap_model(model)
+    assert base in model.layers and base.trainable
+    for weight, value in zip(base.weights, values):
+        np.testing.assert_array_equal(weight.numpy(), value)
+    np.testing.assert_array_equal(_numpy(model(case.inputs())), _numpy(plain))
+    # The adapter still exists: fold it in by hand, then see its outputs.
+    adapter.hold()
+    adapter.merge()
+    adapter.release()
+    _close(model(case.inputs()), adapted)
+    _close(adapter.view.matrix(), effective)
+
+
+def _kernel_name(adapter):
+    return adapter.view.kernel_name
+
+
+@CONTRACT
+def test_merge_model_gives_plain_layers_with_the_same_outputs(variant, case):
+    model, adapter, _ = _wrapped(variant, case)
+    _randomize(adapter)
+    adapted = model(case.inputs())
+    ks.merge_model(model)
+    assert adapter not in model.layers and adapter.layer in model.layers
+    _close(model(case.inputs()), adapted)
+
+
+@CONTRACT
+def test_equals_its_formula(variant, case):
+    """The output is the base's with `K + delta` for a kernel."""
+    model, adapter, _ = _wrapped(variant, case)
+    _randomize(adapter)
+    got = model(case.inputs())
+    matrix = _numpy(adapter.view.matrix()) + oracle(variant, adapter)
+    ks.unwrap_model(model)
+    adapter.view.assign(matrix)
+    _close(got, model(case.inputs()))
+
+
+def oracle(variant, adapter):
+    """The added matrix, in numpy float64 from the method's own formula."""
+    a, b = (np.float64(_numpy(w)) for w in (adapter.lora_a, adapter.lora_b))
+    rank = variant.options["rank"]
+    alpha = variant.options.get("alpha", rank)
+    root = variant.options.get("scaling") == "rslora"
+    scale = alpha / np.sqrt(rank) if root else alpha / rank
+    if variant.options.get("factorization") == "loralib":
+        size, _, c_in, c_out = adapter.layer.kernel.shape
+        flat = (b @ a).reshape(-1)
+        kernel = np.zeros((size, size, c_in, c_out))
+        for i, j, c, o in np.ndindex(*kernel.shape):
+            kernel[i, j, c, o] = flat[((o * c_in + c) * size + i) * size + j]
+        return _numpy(adapter.view.to_matrix(np.float32(scale * kernel)))
+    delta = a @ b
+    if variant.options.get("initializer") == "pissa":
+        delta -= _numpy(adapter.start_a) @ _numpy(adapter.start_b)
+    groups = getattr(adapter.layer, "groups", 1)
+    blocks = np.kron(
+        np.eye(groups),
+        np.ones((a.shape[0] // groups, b.shape[1] // groups)),
+    )
+    return np.float32(scale * delta * blocks)
+
+
+@CONTRACT
+def test_hand_built_layer_round_trips_and_goes_on_learning(
+    variant, case, tmp_path
+):
+    inputs = keras.Input(
+        case.shape[1:], dtype="int32" if case.tokens else None
+    )
+    adapter = variant.make(case.make(), seed=3)
+    symbolic = adapter(inputs)
+    model = keras.Model(inputs, symbolic)
+    eager = model(case.inputs())
+    assert symbolic.shape[1:] == eager.shape[1:]
+    assert symbolic.dtype == keras.backend.standardize_dtype(eager.dtype)
+    _randomize(adapter)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    _close(again(case.inputs()), model(case.inputs()), 1e-6)
+    other = next(x for x in again.layers if isinstance(x, ks.AdapterLayer))
+    assert other.options() == adapter.options()
+    again.compile(optimizer="sgd", loss="mse")
+    again.fit(case.inputs(), np.ones(eager.shape), verbose=0)
+    assert any(
+        np.abs(new.numpy() - old.numpy()).max() > 0
+        for new, old in zip(other.trainable_weights, adapter.trainable_weights)
+    )
+    clone = keras.models.clone_model(model)
+    assert clone(case.inputs()).shape == eager.shape
+
+
+@CONTRACT
+def test_mixed_bfloat16(variant, case):
+    model, adapter, plain = _wrapped(variant, case, "mixed_bfloat16")
+    assert adapter.compute_dtype == "bfloat16"
+    assert all(w.dtype == "float32" for w in adapter.trainable_weights)
+    _randomize(adapter)
+    outputs = model(case.inputs())
+    ks.merge_model(model)
+    merged = model(case.inputs())
+    assert outputs.dtype == merged.dtype
+    expected = _numpy(merged)
+    error = np.abs(_numpy(outputs) - expected).max()
+    assert error <= 0.03 * max(1.0, np.abs(expected).max())
+
+
+@CONTRACT
+def test_adapter_file_round_trip(variant, case, tmp_path):
+    model, adapter, _ = _wrapped(variant, case)
+    _randomize(adapter)
+    adapted = model(case.inputs())
+    ks.save_adapters(model, tmp_path / "adapters.safetensors")
+    ks.unwrap_model(model)
+    ks.load_adapters(model, tmp_path / "adapters.safetensors")
+    _close(model(case.inputs()), adapted, 1e-6)
+
+
+@CONTRACT
+def test_masks_pass_as_in_the_base(variant, case):
+    layer = case.make()
+    adapter = variant.make(case.make())
+    assert adapter.supports_masking == layer.supports_masking
+    if not layer.supports_masking:
+        return
+    x = ops.convert_to_tensor(case.inputs())
+    mask = None if case.tokens else ops.ones(case.shape[:-1], "bool")
+    expected = layer.compute_mask(x, mask)
+    got = adapter.compute_mask(x, mask)
+    assert (got is None) == (expected is None)
+    if expected is not None:
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(got), ops.convert_to_numpy(expected)
+        )

@@ -1,0 +1,116 @@
+import keras
+import layer_cases
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_spectral.kernels import kernel_view
+
+CASES = pytest.mark.parametrize(
+    "case", layer_cases.ALL, ids=lambda case: case.name
+)
+
+
+def _linear(case):
+    """The case's layer, built, with activation and bias out of the way."""
+    layer = case.make()
+    layer(case.inputs())
+    if hasattr(layer, "activation"):
+        layer.activation = None
+    return layer
+
+
+@CASES
+def test_thin_product_is_the_layer_with_the_product_as_kernel(case):
+    layer = _linear(case)
+    view = kernel_view(layer)
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=(view.n_in, 2)).astype("float32")
+    b = rng.normal(size=(2, view.n_out)).astype("float32")
+    thin = view.apply(ops.convert_to_tensor(case.inputs()), a, b)
+    zeros = ops.zeros((view.n_in, view.n_out))
+    view.assign(zeros)
+    bias_only = layer(case.inputs())
+    view.assign(a @ b)
+    expected = layer(case.inputs()) - bias_only
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(thin), ops.convert_to_numpy(expected), atol=2e-5
+    )
+
+
+@CASES
+def test_sizes_and_matrix_round_trip(case):
+    layer = _linear(case)
+    view = kernel_view(layer)
+    assert view.n_in + view.n_out == case.size
+    assert view.max_rank == case.max_rank
+    before = [w.numpy() for w in layer.weights]
+    view.assign(view.matrix())
+    for weight, value in zip(layer.weights, before):
+        np.testing.assert_array_equal(weight.numpy(), value)
+
+
+def test_group_matrix_is_block_diagonal():
+    layer = keras.layers.Conv1D(4, 1, groups=2, use_bias=False)
+    layer.build((None, 3, 6))
+    matrix = ops.convert_to_numpy(kernel_view(layer).matrix())
+    assert matrix.shape == (6, 4)
+    assert not matrix[:3, 2:].any() and not matrix[3:, :2].any()
+    kernel = layer.kernel.numpy()[0]
+    np.testing.assert_array_equal(matrix[:3, :2], kernel[:, :2])
+    np.testing.assert_array_equal(matrix[3:, 2:], kernel[:, 2:])
+
+
+# Keras itself cannot quantise an einsum with an ellipsis (3.15).
+QUANTISABLE = [
+    case
+    for case in layer_cases.DENSE[:2]
+    + layer_cases.EINSUM
+    + layer_cases.EMBEDDING
+    if case.name != "einsum_ellipsis"
+]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("case", QUANTISABLE, ids=lambda case: case.name)
+def test_quantised_kernel_is_read_dequantised(case, mode):
+    layer = _linear(case)
+    view = kernel_view(layer)
+    float_matrix = ops.convert_to_numpy(view.matrix())
+    layer.quantize(mode)
+    view = kernel_view(layer)
+    matrix = ops.convert_to_numpy(view.matrix())
+    step = np.abs(float_matrix).max() / (127 if mode == "int8" else 7)
+    assert matrix.shape == float_matrix.shape
+    assert np.abs(matrix - float_matrix).max() <= step
+    assert np.abs(matrix - float_matrix).max() > 0
+    with pytest.raises(ValueError, match="quantised"):
+        view.assign(matrix)
+
+
+@pytest.mark.parametrize(
+    ("equation", "output", "shape", "why"),
+    [
+        ("ab,b->ab", (4,), (2, 4), "only scales"),
+        ("ab,cd->abcd", (4, 2, 3), (2, 4), "shares no letter"),
+    ],
+)
+def test_einsum_that_is_no_matrix_is_refused(equation, output, shape, why):
+    layer = keras.layers.EinsumDense(equation, output)
+    layer.build(shape)
+    with pytest.raises(ValueError, match=why):
+        kernel_view(layer)
+
+
+def test_layers_without_a_view_say_why():
+    depthwise = keras.layers.DepthwiseConv2D(3)
+    with pytest.raises(ValueError, match="channels apart"):
+        kernel_view(depthwise)
+    with pytest.raises(ValueError, match="LayerNormalization"):
+        kernel_view(keras.layers.LayerNormalization())
+    with pytest.raises(ValueError, match="no kernel yet"):
+        kernel_view(keras.layers.Dense(3))
+    with_lora = keras.layers.Dense(3, lora_rank=2)
+    with_lora.build((None, 4))
+    with pytest.raises(ValueError, match="Keras's own LoRA"):
+        kernel_view(with_lora)

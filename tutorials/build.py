@@ -1,0 +1,113 @@
+"""Builds notebooks/NN_topic.ipynb, with outputs, from tutorials/NN_topic.py.
+
+`python tutorials/build.py` runs and writes them all, or those that are named
+(`01_quickstart`). `--check` runs nothing: it fails if the input cells of a
+notebook differ from its source.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import sys
+import tempfile
+
+import jupytext
+import nbclient
+import nbformat
+
+TUTORIALS = pathlib.Path(__file__).resolve().parent
+NOTEBOOKS = TUTORIALS.parent / "notebooks"
+PACKAGES = ("keras", "keras-hub", "keras-spectral", "numpy")
+MACHINE_PATH = re.compile(r"/(home|root|tmp|usr|work|Users)/|[A-Z]:\\\\")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="such as 01_quickstart")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    sources = sorted(TUTORIALS.glob("[0-9][0-9]_*.py"))
+    known = {source.stem: source for source in sources}
+    unknown = set(arguments.names) - known.keys()
+    if unknown:
+        parser.error(f"no tutorial {sorted(unknown)}; there are {[*known]}")
+    step = check if arguments.check else build
+    chosen = [known[name] for name in arguments.names or known]
+    return 0 if all([step(source) for source in chosen]) else 1
+
+
+def build(source):
+    notebook = jupytext.read(source)
+    with tempfile.TemporaryDirectory() as folder:
+        # Pictures land there; the notebook shows them inline.
+        nbclient.NotebookClient(
+            notebook, timeout=1800, resources={"metadata": {"path": folder}}
+        ).execute()
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        if cell.cell_type == "code":
+            cell.metadata.pop("execution", None)
+            # Frameworks log their start on stderr, with machine paths.
+            cell.outputs = [
+                x for x in cell.outputs if x.get("name") != "stderr"
+            ]
+            if MACHINE_PATH.search(json.dumps(cell.outputs)):
+                raise ValueError(
+                    f"{source.name}: an output of cell {number} names a "
+                    "machine path. Print something else."
+                )
+    versions = built_with()
+    text = ", ".join(f"{name} {value}" for name, value in versions.items())
+    note = nbformat.v4.new_markdown_cell(f"*Built with {text}.*")
+    note.id, note.metadata["built"] = "built", True
+    notebook.cells.append(note)
+    notebook.metadata = {
+        "kernelspec": notebook.metadata["kernelspec"],
+        "keras_spectral": versions,
+    }
+    path = NOTEBOOKS / f"{source.stem}.ipynb"
+    NOTEBOOKS.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    print(f"built {path.relative_to(TUTORIALS.parent)}")
+    return True
+
+
+def check(source):
+    path = NOTEBOOKS / f"{source.stem}.ipynb"
+    if not path.exists():
+        print(f"{path.name} is missing: run python tutorials/build.py")
+        return False
+    same = inputs(nbformat.read(path, 4)) == inputs(jupytext.read(source))
+    print(
+        f"{path.name} is up to date"
+        if same
+        else f"{path.name} differs from {source.name}: "
+        "run python tutorials/build.py"
+    )
+    return same
+
+
+def inputs(notebook):
+    return [
+        (cell.cell_type, cell.source)
+        for cell in notebook.cells
+        if not cell.metadata.get("built")
+    ]
+
+
+def built_with():
+    # Tutorials fall back on JAX where the variable is not set.
+    backend = os.environ.get("KERAS_BACKEND", "jax")
+    return {
+        "backend": backend,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
