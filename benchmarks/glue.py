@@ -227,7 +227,7 @@ def train(
             )
             result = {
                 "epoch": epoch + 1,
-                "loss": fitted.history["loss"][0],
+                "loss": fitted.history["loss"][-1],
                 **evaluate(model, *dev),
                 "seconds": round(time.time() - start, 1),
             }

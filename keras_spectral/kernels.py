@@ -415,7 +415,9 @@ class ReversibleEmbeddingView(EmbeddingView):
             return super().apply(inputs, a, b)
         if not self.layer.tie_weights:
             return ops.zeros((), inputs.dtype)
-        return ops.matmul(ops.matmul(inputs, ops.transpose(b)), ops.transpose(a))
+        return ops.matmul(
+            ops.matmul(inputs, ops.transpose(b)), ops.transpose(a)
+        )
 
 
 def _split_equation(layer):

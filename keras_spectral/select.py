@@ -1,6 +1,5 @@
 """Which layers a target means: paths, patterns, presets."""
 
-import collections
 import dataclasses
 import re
 from collections.abc import Callable

@@ -78,9 +78,7 @@ def adapter_summary(
     found = [_row(place) for place in places(model)]
     rows = tuple(r for r in found if r.method is not None or r.trainable)
     raw = tuple(
-        _row(place)
-        for place in places(model)
-        if _holds_raw_kernel(place.layer)
+        _row(place) for place in places(model) if _holds_raw_kernel(place.layer)
     )
     summary = Summary(
         rows, raw, _count(model.trainable_weights), _count(model.weights)

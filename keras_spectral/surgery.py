@@ -81,12 +81,14 @@ def build_in_place(layer: keras.layers.Wrapper, twin: int = 0) -> None:
 
 
 def replace_layers(
+    model: keras.Model,
     swaps: dict[keras.layers.Layer, keras.layers.Layer],
     renew_optimizers: bool = False,
 ) -> list[keras.Model]:
     """Puts layers in the place of others, everywhere, all at once.
 
     Args:
+        model: A model that holds the layers; others are found by themselves.
         swaps: `{old layer: new layer}`. A new layer may own its old one.
         renew_optimizers: Whether models get an unbuilt copy of their built
             optimizer, which knows nothing of the old variables.
@@ -94,7 +96,7 @@ def replace_layers(
     Returns:
         The live models that hold one of the layers.
     """
-    operations = _live_operations()
+    operations = _live_operations(model)
     above = _owners_above(operations, swaps)
     models = [x for x in above if isinstance(x, keras.Model)]
     # All that can fail for a model's own reasons comes before any change.
@@ -130,14 +132,18 @@ def forget_compiled(models: list[keras.Model]) -> None:
                 model._compiled_trainable_state = state
 
 
-def _live_operations():
+def _live_operations(model):
+    """Every operation of the process, `model`'s own in any case."""
     kinds, queue = set(), [keras.Operation]
     while queue:
         kind = queue.pop()
         if kind not in kinds:
             kinds.add(kind)
             queue += kind.__subclasses__()
-    return [x for x in gc.get_objects() if type(x) in kinds]
+    # The collector leaves out what `gc.freeze` has set aside.
+    found = {id(x): x for x in gc.get_objects() if type(x) in kinds}
+    found |= {id(x): x for x in model._flatten_layers()}
+    return list(found.values())
 
 
 def _owners_above(operations, layers):

@@ -140,14 +140,14 @@ def unwrapped(model: keras.Model) -> Iterator[keras.Model]:
         ValueError: The model has no adapters.
     """
     adapters = require_adapters(model)
-    models = surgery.replace_layers({a: a.layer for a in adapters})
+    models = surgery.replace_layers(model, {a: a.layer for a in adapters})
     for adapter in adapters:
         adapter.release()
     surgery.forget_compiled(models)
     try:
         yield model
     finally:
-        models = surgery.replace_layers({a.layer: a for a in adapters})
+        models = surgery.replace_layers(model, {a.layer: a for a in adapters})
         for adapter in adapters:
             adapter.hold()
         surgery.forget_compiled(models)
@@ -214,7 +214,7 @@ def wrap_places(
             )
         fill(list(adapters.values()))
         tree = _tree(model)
-        models = surgery.replace_layers(adapters, renew_optimizers=True)
+        models = surgery.replace_layers(model, adapters, renew_optimizers=True)
     except Exception:
         for adapter in adapters.values():
             adapter.release()
@@ -238,7 +238,7 @@ def _build_adapter(place, adapter_class, options, others):
 
 def _take_off(model, adapters):
     swaps = {adapter: adapter.layer for adapter in adapters}
-    models = surgery.replace_layers(swaps, renew_optimizers=True)
+    models = surgery.replace_layers(model, swaps, renew_optimizers=True)
     for adapter in adapters:
         adapter.release()
     _restore_flags(model)

@@ -251,9 +251,7 @@ def oracle(variant, adapter):
 def test_hand_built_layer_round_trips_and_goes_on_learning(
     variant, case, tmp_path
 ):
-    inputs = keras.Input(
-        case.shape[1:], dtype="int32" if case.tokens else None
-    )
+    inputs = keras.Input(case.shape[1:], dtype="int32" if case.tokens else None)
     adapter = variant.make(case.make(), seed=3)
     symbolic = adapter(inputs)
     model = keras.Model(inputs, symbolic)

@@ -860,6 +860,7 @@ VISION = [
         IMAGES_32,
     ),
     _settled("hgnetv2_backbone", _hub("HGNetV2Backbone", **HGNET), IMAGES_32),
+    # Needs training=False: model(x) alone runs its last layers as in fit.
     _settled(
         "deeplab_v3_backbone",
         _hub(
@@ -874,6 +875,7 @@ VISION = [
         ),
         IMAGES_32,
     ),
+    # Needs training=False: model(x) alone runs its last layers as in fit.
     _settled(
         "segformer_backbone",
         _hub(

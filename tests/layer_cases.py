@@ -74,7 +74,9 @@ def _conv(name, make, shape, n_in, n_out, max_rank=None):
 
 
 CONV = [
-    _conv("1d", lambda: layers.Conv1D(4, 3, activation="relu"), (2, 7, 3), 9, 4),
+    _conv(
+        "1d", lambda: layers.Conv1D(4, 3, activation="relu"), (2, 7, 3), 9, 4
+    ),
     _conv(
         "1d_causal",
         lambda: layers.Conv1D(4, 3, padding="causal", dilation_rate=2),
@@ -82,7 +84,9 @@ CONV = [
         9,
         4,
     ),
-    _conv("2d", lambda: layers.Conv2D(4, 3, padding="same"), (2, 6, 5, 3), 27, 4),
+    _conv(
+        "2d", lambda: layers.Conv2D(4, 3, padding="same"), (2, 6, 5, 3), 27, 4
+    ),
     _conv("2d_strided", lambda: layers.Conv2D(4, 3, 2), (2, 7, 6, 3), 27, 4),
     _conv(
         "2d_dilated",
@@ -107,7 +111,9 @@ CONV = [
         3,
         36,
     ),
-    _conv("transpose_1d", lambda: layers.Conv1DTranspose(4, 3), (2, 5, 3), 3, 12),
+    _conv(
+        "transpose_1d", lambda: layers.Conv1DTranspose(4, 3), (2, 5, 3), 3, 12
+    ),
 ]
 if keras.backend.backend() != "tensorflow":
     # TensorFlow has no channels-first and no trainable grouped convolution

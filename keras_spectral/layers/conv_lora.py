@@ -82,9 +82,7 @@ class ConvLoRA(AdapterLayer):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        set_lora_options(
-            self, rank, alpha, dropout, scaling, initializer, seed
-        )
+        set_lora_options(self, rank, alpha, dropout, scaling, initializer, seed)
         check_choice(factorization, "factorization", ("channel", "loralib"))
         _check_base(layer, factorization, initializer, dropout)
         self.factorization = factorization

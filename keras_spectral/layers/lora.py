@@ -78,9 +78,7 @@ class LoRADense(AdapterLayer):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        set_lora_options(
-            self, rank, alpha, dropout, scaling, initializer, seed
-        )
+        set_lora_options(self, rank, alpha, dropout, scaling, initializer, seed)
 
     def build_adapter(self):
         add_lora_factors(self)
@@ -92,9 +90,7 @@ class LoRADense(AdapterLayer):
         return lora_factors(self)
 
 
-def set_lora_options(
-    adapter, rank, alpha, dropout, scaling, initializer, seed
-):
+def set_lora_options(adapter, rank, alpha, dropout, scaling, initializer, seed):
     """Checks and keeps the options that LoRA and its relatives share."""
     check_rank(rank)
     if alpha is not None:
