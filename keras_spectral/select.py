@@ -138,7 +138,8 @@ def describe(candidates: list[Place]) -> str:
 def outside_backbone(model, candidates: list[Place]) -> list[Place]:
     """The weight-holding places of a task model outside of its backbone."""
     backbone = getattr(model, "backbone", None)
-    if not isinstance(backbone, keras.layers.Layer):
+    # Some KerasHub backbones hold another one, which makes them no tasks.
+    if not isinstance(backbone, keras.layers.Layer) or _is_backbone(model):
         return []
     inside = {id(place.layer) for place in places(backbone)} | {id(backbone)}
     return [
@@ -156,12 +157,15 @@ def _subject(layer):
 def _matching(model, candidates, target):
     if isinstance(target, str):
         if target in _PRESETS:
-            return _PRESETS[target](model, candidates)
+            chosen = _PRESETS[target](model, candidates)
+            # Some models hold layers that they never build nor call.
+            return [p for p in chosen if p.layer.built] or chosen
         return _untied(match_paths(candidates, target), target)
     if isinstance(target, type):
         return [p for p in candidates if isinstance(_subject(p.layer), target)]
     if callable(target):
-        chosen = [p for p in candidates if target(_subject(p.layer))]
+        asked = adaptable(candidates)
+        chosen = [p for p in asked if target(_subject(p.layer))]
         return _untied(chosen, target)
     if isinstance(target, Iterable):
         parts = [_matching(model, candidates, part) for part in target]

@@ -119,7 +119,8 @@ def _holds_raw_kernel(layer):
     if isinstance(layer, known):
         return False
     return any(
-        len(w.shape) > 1 and min(w.shape) > 1 for w in own_variables(layer)
+        sum(size > 1 for size in weight.shape) > 1
+        for weight in own_variables(layer)
     )
 
 

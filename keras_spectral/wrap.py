@@ -47,7 +47,8 @@ def wrap_model(
         method: A registered name (`"lora"`, `"conv_lora"`) or adapter class.
         target: What to wrap: a regex that must match a layer's whole path
             (its chain of names, as `adapter_summary` shows), a list of such,
-            a layer class, a callable `layer -> bool`, or one of
+            a layer class, a callable `layer -> bool` that is asked of each
+            layer an adapter fits, or one of
             `"attention"` (query and value projections), `"all-linear"`
             (every Dense and EinsumDense but heads), `"conv"`, `"all"`.
             Defaults to the method's own: `"attention"`, for convolutional
@@ -55,7 +56,8 @@ def wrap_model(
         exclude: What not to wrap; the same forms.
         trainable: Regexes of layers that stay trainable beside the adapters.
             Defaults to everything outside of `model.backbone` where there
-            is one (the task head), elsewhere to nothing.
+            is one (the task head), elsewhere to nothing; `[]` for
+            nothing at all.
         overrides: `{regex: {option: value}}` for single layers, later ones
             winning. Each must match a chosen layer.
         **options: Go to the adapter's constructor, such as `rank=8`.

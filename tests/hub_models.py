@@ -1129,7 +1129,11 @@ MODELS = (
 def _application(class_name, **config):
     def make():
         return getattr(keras.applications, class_name)(
-            weights=None, input_shape=(32, 32, 3), classes=3, **config
+            weights=None,
+            input_shape=(32, 32, 3),
+            classes=3,
+            classifier_activation=None,
+            **config,
         )
 
     return make

@@ -1,0 +1,157 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_spectral as ks
+
+
+def _layer(**options):
+    layer = ks.LoRADense(keras.layers.Dense(6, name="base"), **options)
+    layer.build((None, 5))
+    return layer
+
+
+def test_start_values():
+    keras.utils.set_random_seed(1)
+    layer = ks.LoRADense(keras.layers.Dense(40), rank=30)
+    layer.build((None, 400))
+    a = layer.lora_a.numpy()
+    bound = np.sqrt(1 / 400)
+    assert a.shape == (400, 30) and np.abs(a).max() <= bound
+    np.testing.assert_allclose(a.std(), bound / np.sqrt(3), rtol=0.05)
+    assert not layer.lora_b.numpy().any()
+    assert float(layer.scale) == 1.0
+
+
+def test_scaling():
+    assert float(_layer(rank=4, alpha=8).scale) == 2.0
+    rslora = _layer(rank=4, alpha=8, scaling="rslora")
+    assert float(rslora.scale) == 4.0
+
+
+def test_pissa_starts_as_the_first_singular_triplets():
+    layer = _layer(rank=2, alpha=6, initializer="pissa")
+    kernel = layer.layer.kernel.numpy()
+    u, s, vt = np.linalg.svd(kernel, full_matrices=False)
+    product = (u[:, :2] * s[:2]) @ vt[:2]
+    got = layer.lora_a.numpy() @ layer.lora_b.numpy()
+    np.testing.assert_allclose(got, product, atol=1e-5)
+    balance = np.linalg.norm(layer.lora_a.numpy(), axis=0)
+    np.testing.assert_allclose(balance, np.sqrt(s[:2]), rtol=1e-4)
+
+
+def test_dropout_acts_while_training_only():
+    layer = _layer(rank=2, dropout=0.5, seed=1)
+    layer.lora_b.assign(np.ones((2, 6)))
+    x = np.ones((4096, 5), "float32")
+    still = ops.convert_to_numpy(layer(x, training=False))
+    assert np.abs(still - still[0]).max() == 0
+    moving = ops.convert_to_numpy(layer(x, training=True))
+    assert np.abs(moving - moving[0]).max() > 1e-3
+    # Dropped inputs are scaled up: the mean correction stays.
+    base = ops.convert_to_numpy(layer.layer(x))
+    np.testing.assert_allclose(
+        (moving - base).mean(), (still - base).mean(), atol=0.1
+    )
+
+
+def test_delta_enters_before_the_activation():
+    layer = ks.LoRADense(keras.layers.Dense(6, activation="relu"), rank=2)
+    layer.build((None, 5))
+    layer.lora_b.assign(-10 * np.ones((2, 6)))
+    x = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+    assert ops.convert_to_numpy(layer(x)).min() >= 0
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8", None])
+def test_bad_rank(rank):
+    base = keras.layers.Dense(6, activation="relu")
+    with pytest.raises(ValueError, match="Received rank="):
+        ks.LoRADense(base, rank=rank)
+    assert base.activation is keras.activations.relu
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"alpha": "x"}, "alpha='x'"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"scaling": "root"}, "scaling='root'"),
+        ({"initializer": "svd"}, "initializer='svd'"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_bad_options(options, match):
+    base = keras.layers.Dense(6)
+    with pytest.raises(ValueError, match=match):
+        ks.LoRADense(base, **options)
+
+
+def test_rank_above_the_smaller_dimension_leaves_the_base_whole():
+    base = keras.layers.Dense(6, activation="relu")
+    layer = ks.LoRADense(base, rank=7)
+    with pytest.raises(ValueError, match="at most 5"):
+        layer.build((None, 5))
+    assert base.activation is keras.activations.relu and base.trainable
+
+
+def test_embedding_takes_no_dropout():
+    base = keras.layers.Embedding(5, 4)
+    with pytest.raises(ValueError, match="token ids cannot be dropped"):
+        ks.LoRADense(base, rank=2, dropout=0.1)
+
+
+def test_an_adapter_is_not_wrapped_again():
+    layer = _layer(rank=2)
+    with pytest.raises(ValueError, match="already wrapped"):
+        ks.LoRADense(layer)
+
+
+def test_attributes_are_the_bases_and_kernel_is_effective():
+    layer = _layer(rank=2)
+    layer.lora_b.assign(np.ones((2, 6)))
+    assert layer.units == 6
+    expected = layer.layer.kernel.numpy() + layer.lora_a.numpy() @ np.ones(
+        (2, 6)
+    )
+    got = ops.convert_to_numpy(layer.kernel)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    with pytest.raises(AttributeError):
+        layer.no_such_thing  # noqa: B018
+
+
+def test_tied_embedding_changes_both_directions():
+    base = keras.layers.ReversibleEmbedding(9, 4, logit_soft_cap=2.0)
+    layer = ks.LoRADense(base, rank=2)
+    ids = np.array([[1, 2, 3]])
+    layer(ids)
+    rng = np.random.default_rng(0)
+    layer.lora_b.assign(rng.normal(size=(2, 4)))
+    hidden = rng.normal(size=(1, 3, 4)).astype("float32")
+    forward, logits = layer(ids), layer(hidden, reverse=True)
+    layer.merge()
+    layer.release()
+    close = dict(atol=1e-5)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(forward), ops.convert_to_numpy(base(ids)), **close
+    )
+    expected = ops.convert_to_numpy(base(hidden, reverse=True))
+    np.testing.assert_allclose(ops.convert_to_numpy(logits), expected, **close)
+
+
+def test_gradient_reaches_only_the_factors_of_a_quantised_base():
+    model = keras.Sequential(
+        [keras.Input((16,)), keras.layers.Dense(8), keras.layers.Dense(4)]
+    )
+    model.quantize("int8")
+    ks.wrap_model(model, "lora", target="all", rank=2)
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
+    frozen = [w.numpy() for w in model.non_trainable_weights]
+    model.compile(optimizer="adam", loss="mse")
+    model.fit(x, np.ones((8, 4)), epochs=2, verbose=0)
+    for weight, value in zip(model.non_trainable_weights, frozen):
+        np.testing.assert_array_equal(weight.numpy(), value)
+    assert all(w.numpy().any() for w in model.trainable_weights)
+    with pytest.raises(ValueError, match="quantised"):
+        ks.merge_model(model)

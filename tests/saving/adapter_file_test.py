@@ -1,0 +1,259 @@
+import json
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from keras import layers
+from keras import ops
+
+import keras_spectral as ks
+
+
+def _model(width=16):
+    """Automatic names on purpose: they differ at every build."""
+    inputs = keras.Input((8,))
+    x = layers.Dense(width, activation="relu")(inputs)
+    x = layers.Dense(width, activation="relu")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+def _x():
+    return np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
+
+
+def _out(model):
+    return ops.convert_to_numpy(model(_x()))
+
+
+def _wrapped(**options):
+    options = {"rank": 2, "alpha": 3, "trainable": "head", **options}
+    model = _model()
+    ks.wrap_model(model, "lora", target="dense.*", **options)
+    rng = np.random.default_rng(1)
+    for weight in model.trainable_weights:
+        weight.assign(rng.normal(0, 0.3, weight.shape))
+    return model
+
+
+def _fresh_like(model):
+    """The same base weights in a model that was never wrapped."""
+    fresh = _model()
+    with ks.unwrapped(model):
+        fresh.set_weights(model.get_weights())
+    return fresh
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = _wrapped()
+    path = tmp_path / "adapters.safetensors"
+    ks.save_adapters(model, path)
+    return model, path
+
+
+def _rewrite(path, tensors=None, **metadata):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}
+        meta = {**file.metadata(), **metadata}
+    safetensors.numpy.save_file(
+        kept if tensors is None else tensors, path, meta
+    )
+    return kept
+
+
+def _tensors(path):
+    return safetensors.numpy.load_file(path)
+
+
+def test_load_wraps_a_plain_model_and_fills_it(saved):
+    model, path = saved
+    fresh = _model()
+    fresh.set_weights([w * 0 for w in fresh.get_weights()])
+    with ks.unwrapped(model):
+        fresh.set_weights(model.get_weights())
+    fresh.get_layer("head").kernel.assign(np.zeros((16, 3)))
+    assert ks.load_adapters(fresh, path) is fresh
+    np.testing.assert_allclose(_out(fresh), _out(model), atol=1e-6)
+    assert len(fresh.trainable_weights) == 6
+    assert fresh.layers[1].options() == model.layers[1].options()
+
+
+def test_load_fills_a_wrapped_model(saved):
+    model, path = saved
+    expected = _out(model)
+    for weight in model.trainable_weights:
+        weight.assign(weight * 0)
+    ks.load_adapters(model, path)
+    np.testing.assert_array_equal(_out(model), expected)
+
+
+def test_what_is_in_the_file(saved):
+    model, path = saved
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata, names = file.metadata(), set(file.keys())
+    assert names == {
+        "dense/lora_a",
+        "dense/lora_b",
+        "dense/scale",
+        "dense_1/lora_a",
+        "dense_1/lora_b",
+        "dense_1/scale",
+        "head/kernel",
+        "head/bias",
+    }
+    assert metadata["format"] == "keras_spectral.adapters"
+    assert metadata["format_version"] == "1"
+    first = json.loads(metadata["adapters"])[0]
+    assert first["path"] == "dense" and first["method"] == "lora"
+    assert first["options"]["rank"] == 2 and first["options"]["alpha"] == 3
+    assert len(metadata["base"]) == 64
+    assert path.stat().st_size < 8000
+
+
+def test_pissa_keeps_its_start(tmp_path):
+    model = _wrapped(initializer="pissa")
+    path = tmp_path / "p.safetensors"
+    ks.save_adapters(model, path)
+    fresh = ks.load_adapters(_fresh_like(model), path)
+    np.testing.assert_allclose(_out(fresh), _out(model), atol=1e-5)
+
+
+def test_changed_scale_travels(saved, tmp_path):
+    model, _ = saved
+    model.layers[1].scale.assign(0.25)
+    ks.save_adapters(model, tmp_path / "s.safetensors")
+    fresh = ks.load_adapters(_fresh_like(model), tmp_path / "s.safetensors")
+    np.testing.assert_allclose(_out(fresh), _out(model), atol=1e-6)
+
+
+def _refused(path, match, model=None, error=ValueError):
+    """Loading raises, and neither model nor file has changed."""
+    model = model or _model()
+    model.compile(optimizer="adam", loss="mse")
+    model.fit(_x(), np.zeros((4, 3)), verbose=0)
+    optimizer, kept, before = model.optimizer, list(model.layers), _out(model)
+    flags = [w.trainable for w in model.weights]
+    content = path.read_bytes() if path.exists() else None
+    with pytest.raises(error, match=match):
+        ks.load_adapters(model, path)
+    assert model.layers == kept and model.optimizer is optimizer
+    assert [w.trainable for w in model.weights] == flags
+    np.testing.assert_array_equal(_out(model), before)
+    assert (path.read_bytes() if path.exists() else None) == content
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop("dense/lora_a"), r"missing \['dense/lora_a'\]"),
+        (lambda t: t.pop("head/bias"), r"missing \['head/bias'\]"),
+        (
+            lambda t: t.update({"dense/evil": t["dense/lora_a"]}),
+            r"unexpected \['dense/evil'\]",
+        ),
+        (
+            lambda t: t.update({"../x": t.pop("dense/lora_a")}),
+            r"missing \['dense/lora_a'\], unexpected \['../x'\]",
+        ),
+        (
+            lambda t: t.update({"dense/lora_a": t["dense/lora_a"][:, :1]}),
+            r"'dense/lora_a' has shape \(8, 1\).*\(8, 2\)",
+        ),
+    ],
+)
+def test_tensors_must_fit_exactly(saved, change, match, wrapped):
+    model, path = saved
+    tensors = _tensors(path)
+    change(tensors)
+    _rewrite(path, {k: np.ascontiguousarray(v) for k, v in tensors.items()})
+    _refused(path, match, model if wrapped else None)
+
+
+def test_file_of_another_model(saved):
+    _, path = saved
+    _refused(path, "belongs to another model", _model(width=12))
+
+
+def test_truncated_file(saved):
+    _, path = saved
+    content = path.read_bytes()
+    for size in (0, 5, len(content) // 2, len(content) - 3):
+        path.write_bytes(content[:size])
+        _refused(path, "not a readable safetensors file")
+
+
+def test_pickle_under_the_right_name(saved):
+    _, path = saved
+
+    class Evil:
+        def __reduce__(self):
+            return (path.with_suffix(".ran").touch, ())
+
+    path.write_bytes(pickle.dumps(Evil()))
+    _refused(path, "not a readable safetensors file")
+    assert not path.with_suffix(".ran").exists()
+
+
+def test_other_safetensors_and_versions(saved):
+    _, path = saved
+    _rewrite(path, format="pt")
+    _refused(path, "not one of keras_spectral")
+    _rewrite(path, format="keras_spectral.adapters", format_version="99")
+    _refused(path, "version '99'")
+
+
+@pytest.mark.parametrize("value", ["{", "3", '[{"path": 1}]', '["x"]'])
+def test_damaged_metadata(saved, value):
+    _, path = saved
+    _rewrite(path, adapters=value)
+    _refused(path, "damaged metadata")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("method", "os.system", "not registered"),
+        ("path", "nowhere", "which the model lacks"),
+        ("options", {"rank": 99}, "at most 8"),
+        ("options", {"layer": 1}, "layer"),
+    ],
+)
+def test_entries_are_not_trusted(saved, key, value, match):
+    _, path = saved
+    with safetensors.safe_open(path, framework="numpy") as file:
+        entries = json.loads(file.metadata()["adapters"])
+    entries[0][key] = value
+    _rewrite(path, adapters=json.dumps(entries))
+    _refused(path, match)
+
+
+def test_wrapped_otherwise(saved):
+    _, path = saved
+    _refused(path, "does not fit the wrapped model", _wrapped(rank=3))
+
+
+def test_missing_file(tmp_path):
+    _refused(tmp_path / "no.safetensors", "no adapter", error=FileNotFoundError)
+
+
+def test_a_failed_save_keeps_the_old_file(saved, monkeypatch):
+    model, path = saved
+    content = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ks.save_adapters(model, path)
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="no adapters"):
+        ks.save_adapters(_model(), tmp_path / "x.safetensors")
