@@ -184,11 +184,15 @@ class AdapterLayer(keras.layers.Wrapper):
             if hasattr(self.layer, name):
                 setattr(self.layer, name, getattr(self, name))
 
+    @classmethod
+    def option_names(cls):
+        """The names of the method's own arguments."""
+        names = inspect.signature(cls.__init__).parameters
+        return [n for n in names if n not in ("self", "layer", "kwargs")]
+
     def options(self):
         """The method's own arguments, by name."""
-        names = inspect.signature(type(self).__init__).parameters
-        skipped = ("self", "layer", "kwargs")
-        return {n: getattr(self, n) for n in names if n not in skipped}
+        return {name: getattr(self, name) for name in self.option_names()}
 
     def get_config(self):
         holding = self._holding

@@ -194,10 +194,22 @@ def _read(path):
     try:
         metadata["adapters"] = json.loads(metadata["adapters"])
         metadata["trainable"] = json.loads(metadata["trainable"])
-        metadata["base"]
-    except (KeyError, json.JSONDecodeError) as error:
+        _check_metadata(metadata)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has damaged metadata: {error!r}.") from error
     return tensors, metadata
+
+
+def _check_metadata(metadata):
+    """Raises unless the JSON holds what `save_adapters` writes."""
+    fields = {"path": str, "method": str, "options": dict}
+    for entry in metadata["adapters"]:
+        for name, kind in fields.items():
+            if not isinstance(entry[name], kind):
+                raise TypeError(f"{name} is {entry[name]!r}")
+    if not isinstance(metadata["trainable"], list):
+        raise TypeError(f"trainable is {metadata['trainable']!r}")
+    metadata["base"]
 
 
 def _first(entries):
@@ -221,6 +233,13 @@ def _check_entries(entries, by_key, path):
                 f"{path} needs method {entry['method']!r}, which is not "
                 f"registered. Known: {sorted(METHODS)}. Import the module "
                 "that defines it, or upgrade keras_spectral."
+            )
+        known = METHODS[entry["method"]].option_names()
+        unknown = sorted(entry["options"].keys() - set(known))
+        if unknown:
+            raise ValueError(
+                f"{path} gives method {entry['method']!r} the options "
+                f"{unknown}, which it lacks. Known: {known}."
             )
     return entries
 

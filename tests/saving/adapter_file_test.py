@@ -219,7 +219,7 @@ def test_damaged_metadata(saved, value):
         ("method", "os.system", "not registered"),
         ("path", "nowhere", "which the model lacks"),
         ("options", {"rank": 99}, "at most 8"),
-        ("options", {"layer": 1}, "layer"),
+        ("options", {"layer": 1}, r"options \['layer'\]"),
     ],
 )
 def test_entries_are_not_trusted(saved, key, value, match):

@@ -1,0 +1,42 @@
+# Everything a fresh machine with Python 3.11, pip and make needs.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+OLDEST = .keras-oldest
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test lint notebooks check-notebooks clean
+
+demo: $(READY)
+	$(BIN)/python tutorials/01_quickstart.py
+
+test: $(READY) $(OLDEST) lint
+	BIN=$(BIN) OLDEST=$(OLDEST) sh tests/run_all.sh
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+notebooks: $(READY)
+	$(BIN)/python tutorials/build.py
+
+check-notebooks: $(READY)
+	$(BIN)/python tutorials/build.py --check
+
+# PyTorch first and pinned: a plain `torch` brings gigabytes of CUDA.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check \
+		-e ".[tensorflow,jax,hub,plots,notebooks,test]"
+	touch $(READY)
+
+# The oldest Keras we support, put before the newest one on the path.
+$(OLDEST): $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps \
+		--target $(OLDEST) keras==3.12.0
+
+clean:
+	rm -rf $(VENV) $(OLDEST) out

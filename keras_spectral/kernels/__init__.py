@@ -1,0 +1,87 @@
+"""Every linear layer seen as one matrix, with thin factors on its own input.
+
+`kernel_view(layer)` is the one entry. A new kind of layer is one new view in
+this folder and one line in `_VIEWS`, and every method works on it.
+"""
+
+import keras
+
+from keras_spectral.kernels.conv import ConvTransposeView
+from keras_spectral.kernels.conv import ConvView
+from keras_spectral.kernels.conv import SeparableConvView
+from keras_spectral.kernels.dense import DenseView
+from keras_spectral.kernels.dense import EinsumDenseView
+from keras_spectral.kernels.embedding import EmbeddingView
+from keras_spectral.kernels.embedding import ReversibleEmbeddingView
+from keras_spectral.kernels.view import KernelView
+
+__all__ = ["KernelView", "kernel_view", "view_class_of"]
+
+_DEPTHWISE = (
+    "a depthwise kernel keeps channels apart (k x k numbers a channel), so "
+    "there is no matrix over channels to give a low rank. Train the layer "
+    "itself (`trainable=`), or exclude it."
+)
+_REFUSED = {
+    keras.layers.DepthwiseConv1D: _DEPTHWISE,
+    keras.layers.DepthwiseConv2D: _DEPTHWISE,
+}
+# The first match counts, so a subclass stands before its parent.
+_VIEWS = {
+    keras.layers.ReversibleEmbedding: ReversibleEmbeddingView,
+    keras.layers.Dense: DenseView,
+    keras.layers.EinsumDense: EinsumDenseView,
+    keras.layers.SeparableConv1D: SeparableConvView,
+    keras.layers.SeparableConv2D: SeparableConvView,
+    keras.layers.Conv1DTranspose: ConvTransposeView,
+    keras.layers.Conv2DTranspose: ConvTransposeView,
+    keras.layers.Conv3DTranspose: ConvTransposeView,
+    keras.layers.Conv1D: ConvView,
+    keras.layers.Conv2D: ConvView,
+    keras.layers.Conv3D: ConvView,
+    keras.layers.Embedding: EmbeddingView,
+}
+
+
+def kernel_view(layer: keras.layers.Layer) -> KernelView:
+    """Returns the view of a built linear layer's kernel as a matrix.
+
+    Args:
+        layer: A built Dense, EinsumDense, Conv1D/2D/3D, SeparableConv1D/2D,
+            Conv1D/2D/3DTranspose, Embedding or ReversibleEmbedding layer.
+
+    Raises:
+        ValueError: The layer is unbuilt, is of a kind whose kernel has no
+            useful low-rank form, or has Keras's own LoRA switched on.
+    """
+    view_class = view_class_of(layer)
+    if not layer.built:
+        raise ValueError(
+            f"Layer '{layer.name}' ({type(layer).__name__}) has no kernel "
+            "yet. Expected a built layer. Call the model on a batch or use "
+            "`build(input_shape)` first."
+        )
+    if getattr(layer, "lora_enabled", False):
+        raise ValueError(
+            f"Layer '{layer.name}' already runs Keras's own LoRA "
+            "(`enable_lora`). Expected a plain layer; build the model "
+            "without `lora_rank` or `enable_lora`."
+        )
+    return view_class(layer)
+
+
+def view_class_of(layer: keras.layers.Layer) -> type[KernelView]:
+    """Returns the view class for a layer, or raises a ValueError with why."""
+    for kind, reason in _REFUSED.items():
+        if isinstance(layer, kind):
+            raise ValueError(
+                f"Layer '{layer.name}' is a {type(layer).__name__}: {reason}"
+            )
+    for kind, view_class in _VIEWS.items():
+        if isinstance(layer, kind):
+            return view_class
+    names = sorted({kind.__name__ for kind in _VIEWS})
+    raise ValueError(
+        f"Layer '{layer.name}' is a {type(layer).__name__}, which holds no "
+        f"kernel that an adapter can use. Expected one of: {', '.join(names)}."
+    )

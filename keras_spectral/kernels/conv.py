@@ -1,0 +1,160 @@
+"""Views of convolution kernels."""
+
+import math
+
+from keras import ops
+
+from keras_spectral.kernels.view import KernelView
+
+
+class ConvView(KernelView):
+    """A convolution: A is a convolution with r filters and the layer's own
+    strides, padding, dilation and data format; B is a 1x1.
+
+    With groups, A has r filters for each group (rows of `K` are ordered by
+    group first) and B mixes the codes of an output channel's own group, so
+    `K` is block diagonal and its rank is counted per group.
+    """
+
+    def down(self, inputs, a):
+        rank = a.shape[-1]
+        kernel = ops.reshape(a, (self._groups, *self._row_shape, rank))
+        kernel = ops.moveaxis(kernel, 0, -2)
+        kernel = ops.reshape(kernel, (*self._row_shape, self._groups * rank))
+        codes = self._channels_last(self.convolve(inputs, kernel))
+        if self._groups == 1:
+            return codes
+        shape = (*ops.shape(codes)[:-1], self._groups, rank)
+        return ops.reshape(codes, shape)
+
+    def up(self, codes, b):
+        if self._groups == 1:
+            return self._channels_back(ops.matmul(codes, b))
+        b = ops.reshape(b, (b.shape[0], self._groups, -1))
+        outputs = ops.einsum("...gr,rgo->...go", codes, b)
+        shape = (*ops.shape(outputs)[:-2], self.n_out)
+        return self._channels_back(ops.reshape(outputs, shape))
+
+    def _sizes(self):
+        layer = self.layer
+        shape = layer.kernel.shape
+        self._groups = layer.groups
+        self._row_shape = tuple(shape[:-1])
+        return self._groups * math.prod(shape[:-1]), shape[-1]
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.fan_in //= self._groups
+        self.max_rank = min(self.fan_in, self.n_out // self._groups)
+
+    def to_matrix(self, kernel):
+        groups = self._groups
+        kernel = ops.reshape(kernel, (self.n_in // groups, groups, -1))
+        matrix = ops.einsum("ngo,gh->gnho", kernel, ops.eye(groups))
+        return ops.reshape(matrix, (self.n_in, self.n_out))
+
+    def from_matrix(self, matrix):
+        groups = self._groups
+        blocks = ops.reshape(matrix, (groups, self.n_in // groups, groups, -1))
+        kernel = ops.einsum("gnho,gh->ngo", blocks, ops.eye(groups))
+        return ops.reshape(kernel, self.variable().shape)
+
+    def convolve(self, inputs, kernel):
+        layer = self.layer
+        padding = layer.padding
+        if padding == "causal":
+            past = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+            edges = [[0, 0], [0, 0], [0, 0]]
+            edges[1 if layer.data_format == "channels_last" else 2] = [past, 0]
+            inputs, padding = ops.pad(inputs, edges), "valid"
+        return ops.conv(
+            inputs,
+            kernel,
+            strides=list(layer.strides),
+            padding=padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    def add_bias(self, outputs):
+        """The layer's own bias on the output of `convolve`."""
+        if self.layer.bias is None:
+            return outputs
+        bias = ops.cast(self.layer.bias, outputs.dtype)
+        if self.layer.data_format == "channels_first":
+            bias = ops.reshape(bias, (-1, *[1] * (len(outputs.shape) - 2)))
+        return outputs + bias
+
+    def _channels_last(self, x):
+        if self.layer.data_format == "channels_last":
+            return x
+        return ops.moveaxis(x, 1, -1)
+
+    def _channels_back(self, x):
+        if self.layer.data_format == "channels_last":
+            return x
+        return ops.moveaxis(x, -1, 1)
+
+
+class SeparableConvView(ConvView):
+    """A separable convolution's pointwise kernel; its input is what the
+    layer's own depthwise half makes of the layer's input."""
+
+    kernel_name = "pointwise_kernel"
+
+    def _sizes(self):
+        shape = self.variable().shape
+        self._groups = 1
+        self._row_shape = tuple(shape[:-1])
+        return math.prod(shape[:-1]), shape[-1]
+
+    def convolve(self, inputs, kernel):
+        layer = self.layer
+        depthwise = ops.cast(layer.depthwise_kernel, inputs.dtype)
+        return ops.separable_conv(
+            inputs,
+            depthwise,
+            kernel,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+
+class ConvTransposeView(ConvView):
+    """A transposed convolution maps one pixel's channels (n_in) to a patch
+    of k x .. x k x filters (n_out): A is a 1x1, B a transposed convolution
+    with the layer's own strides, padding and data format."""
+
+    def down(self, inputs, a):
+        if self.layer.data_format == "channels_last":
+            return ops.matmul(inputs, a)
+        return ops.einsum("bc...,cr->b...r", inputs, a)
+
+    def up(self, codes, b):
+        layer = self.layer
+        kernel = ops.reshape(b, (b.shape[0], *layer.kernel.shape[:-1]))
+        return ops.conv_transpose(
+            self._channels_back(codes),
+            ops.moveaxis(kernel, 0, -1),
+            strides=list(layer.strides),
+            padding=layer.padding,
+            output_padding=layer.output_padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    def _sizes(self):
+        shape = self.layer.kernel.shape
+        self._groups = 1
+        return shape[-1], math.prod(shape[:-1])
+
+    def to_matrix(self, kernel):
+        kernel = ops.moveaxis(kernel, -1, 0)
+        return ops.reshape(kernel, (self.n_in, self.n_out))
+
+    def from_matrix(self, matrix):
+        shape = self.layer.kernel.shape
+        kernel = ops.reshape(matrix, (self.n_in, *shape[:-1]))
+        return ops.moveaxis(kernel, 0, -1)

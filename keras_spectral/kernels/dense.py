@@ -1,0 +1,120 @@
+"""Views of Dense and EinsumDense kernels."""
+
+import math
+import string
+
+from keras import ops
+
+from keras_spectral.kernels.view import KernelView
+
+
+class DenseView(KernelView):
+    def down(self, inputs, a):
+        return ops.matmul(inputs, a)
+
+    def up(self, codes, b):
+        return ops.matmul(codes, b)
+
+    def _sizes(self):
+        return self.layer.input_spec.axes[-1], self.layer.units
+
+    def _unit_inputs(self, start, stop):
+        return ops.one_hot(ops.arange(start, stop), self.n_in)
+
+
+class EinsumDenseView(KernelView):
+    """Factors an einsum by letter role.
+
+    Letters that the kernel shares with the input (contracted or batch) are
+    the rows of `K`; letters that the kernel alone gives to the output are
+    its columns. `abc,cde->abde` becomes `abc,cr->abr` and `abr,rde->abde`.
+    """
+
+    def down(self, inputs, a):
+        a = ops.reshape(a, (*self._in_shape, a.shape[-1]))
+        return ops.einsum(self._down_equation, inputs, a)
+
+    def up(self, codes, b):
+        b = ops.reshape(b, (b.shape[0], *self._out_shape))
+        return ops.einsum(self._up_equation, codes, b)
+
+    def _sizes(self):
+        source, kernel, target = _split_equation(self.layer)
+        shape = getattr(self.layer, "original_kernel_shape", None)
+        sizes = dict(zip(kernel, shape or self.layer.kernel.shape))
+        rows = "".join(c for c in kernel if c in source)
+        columns = "".join(c for c in kernel if c not in source)
+        rank = _unused_letters(source + kernel, 1)
+        codes = "".join(c for c in target if c not in columns) + rank
+        self._down_equation = f"{source},{rows}{rank}->{codes}"
+        self._up_equation = f"{codes},{rank}{columns}->{target}"
+        self._order = [kernel.index(c) for c in rows + columns]
+        self._letters = source, target, rows, columns
+        self._in_shape = tuple(sizes[c] for c in rows)
+        self._out_shape = tuple(sizes[c] for c in columns)
+        return math.prod(self._in_shape), math.prod(self._out_shape)
+
+    def to_matrix(self, kernel):
+        kernel = ops.transpose(kernel, self._order)
+        return ops.reshape(kernel, (self.n_in, self.n_out))
+
+    def from_matrix(self, matrix):
+        kernel = ops.reshape(matrix, (*self._in_shape, *self._out_shape))
+        back = sorted(range(len(self._order)), key=self._order.__getitem__)
+        return ops.transpose(kernel, back)
+
+    def _probe_letter(self):
+        """A letter of input and output that the kernel lacks: a batch."""
+        source, target, rows, _ = self._letters
+        return next(c for c in source if c in target and c not in rows)
+
+    def _unit_inputs(self, start, stop):
+        source, _, rows, _ = self._letters
+        units = ops.one_hot(ops.arange(start, stop), self.n_in)
+        probe = self._probe_letter()
+        ones = [c for c in source if c not in rows and c != probe]
+        shape = (stop - start, *[1 for _ in ones], *self._in_shape)
+        letters = [probe, *ones, *rows]
+        order = [letters.index(c) for c in source]
+        return ops.transpose(ops.reshape(units, shape), order)
+
+    def _probed_rows(self, answer, count):
+        # Batch letters of the kernel stay in the answer; a unit vector
+        # fills one place of them and leaves zeros elsewhere.
+        _, target, _, columns = self._letters
+        kept = [c for c in target if c in columns or c == self._probe_letter()]
+        summed = [i for i, c in enumerate(target) if c not in kept]
+        answer = ops.sum(answer, axis=summed) if summed else answer
+        order = [kept.index(c) for c in self._probe_letter() + columns]
+        return super()._probed_rows(ops.transpose(answer, order), count)
+
+
+def _split_equation(layer):
+    """Input, kernel and output letters of an einsum that can be factored."""
+    source, rest = layer.equation.replace(" ", "").split(",")
+    kernel, target = rest.split("->")
+    if "..." in source:
+        count = layer.input_spec.ndim - len(source.replace("...", ""))
+        spread = _unused_letters(source + kernel + target, count)
+        source = source.replace("...", spread)
+        target = target.replace("...", spread)
+    problem = None
+    if any(len(set(part)) < len(part) for part in (source, kernel, target)):
+        problem = "a letter repeats within one term"
+    elif any(c not in source + target for c in kernel):
+        problem = "the kernel has a letter that neither input nor output has"
+    elif not any(c in source for c in kernel):
+        problem = "the kernel shares no letter with the input"
+    elif all(c in source for c in kernel):
+        problem = "the kernel gives no letter to the output, it only scales"
+    if problem:
+        raise ValueError(
+            f"Layer '{layer.name}' has equation '{layer.equation}', which is "
+            f"not a matrix applied to the input: {problem}. Exclude the layer."
+        )
+    return source, kernel, target
+
+
+def _unused_letters(used, count):
+    free = [c for c in string.ascii_letters if c not in used]
+    return "".join(free[:count])

@@ -1,0 +1,102 @@
+"""What every view of a kernel as a matrix has in common."""
+
+from keras import ops
+
+_PROBE_ROWS = 512
+
+
+class KernelView:
+    """A layer's kernel as a matrix `K` (n_in x n_out), `y = x K + b`.
+
+    Attributes:
+        n_in: Rows of `K`: everything one output number is computed from.
+        n_out: Columns of `K`.
+        max_rank: The largest rank that a pair of factors can use.
+        fan_in: How many inputs one code is computed from.
+        kernel_name: The layer's attribute that holds the kernel.
+    """
+
+    kernel_name = "kernel"
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.n_in, self.n_out = self._sizes()
+        self.max_rank = min(self.n_in, self.n_out)
+        self.fan_in = self.n_in
+
+    @property
+    def quantized(self) -> bool:
+        return self.layer.quantization_mode is not None
+
+    def matrix(self):
+        """The kernel as a float32 matrix; a quantised one is dequantised."""
+        if self.quantized:
+            return self._probe()
+        return self.to_matrix(ops.cast(self.variable(), "float32"))
+
+    def assign(self, matrix) -> None:
+        """Writes a matrix (n_in x n_out) into the layer's kernel."""
+        self.check_assignable()
+        self.variable().assign(self.kernel(matrix))
+
+    def check_assignable(self) -> None:
+        """Raises a ValueError if the kernel is quantised."""
+        if self.quantized:
+            raise ValueError(
+                f"Layer '{self.layer.name}' is quantised "
+                f"({self.layer.quantization_mode}) and cannot hold a merged "
+                "kernel exactly. Keep the adapter, or merge into the float "
+                "model and quantise afterwards."
+            )
+
+    def kernel(self, matrix):
+        """A matrix (n_in x n_out) in the kernel's own shape and dtype."""
+        kernel = self.from_matrix(matrix)
+        if self.quantized:
+            return ops.cast(kernel, self.layer.compute_dtype)
+        return ops.cast(kernel, self.variable().dtype)
+
+    def apply(self, inputs, a, b):
+        """The thin product `x A B` on the layer's input."""
+        return self.up(self.down(inputs, a), b)
+
+    def down(self, inputs, a):
+        """Applies A (n_in x r) to the layer's input: codes (..., r)."""
+        raise NotImplementedError
+
+    def up(self, codes, b):
+        """Applies B (r x n_out) to codes: the layer's output shape."""
+        raise NotImplementedError
+
+    def _sizes(self):
+        raise NotImplementedError
+
+    def variable(self):
+        return getattr(self.layer, self.kernel_name)
+
+    def to_matrix(self, kernel):
+        return ops.reshape(kernel, (self.n_in, self.n_out))
+
+    def from_matrix(self, matrix):
+        return matrix
+
+    def _unit_inputs(self, start, stop):
+        """Inputs that pick out rows start..stop of `K`, one per example."""
+        raise NotImplementedError
+
+    def _probe(self):
+        """A linear layer's matrix is its answer to unit vectors.
+
+        This reads any quantisation scheme through the layer's public call;
+        unit vectors survive the quantisation of activations exactly.
+        """
+        rows = []
+        for start in range(0, self.n_in, _PROBE_ROWS):
+            stop = min(start + _PROBE_ROWS, self.n_in)
+            units = self._unit_inputs(start, stop)
+            answer = self.layer(units) - self.layer(ops.zeros_like(units))
+            rows.append(self._probed_rows(answer, stop - start))
+        return ops.cast(ops.concatenate(rows), "float32")
+
+    def _probed_rows(self, answer, count):
+        return ops.reshape(answer, (count, self.n_out))

@@ -1,0 +1,37 @@
+#!/bin/sh
+# The whole test suite: three backends two at a time, then the slow checks
+# once, then the core on the oldest Keras. Set BIN and OLDEST (see Makefile).
+set -u
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+logs=$(mktemp -d)
+failed=0
+
+run() { # name, then pytest's arguments
+    name=$1
+    shift
+    "$BIN/python" -m pytest "$@" >"$logs/$name" 2>&1
+    echo $? >"$logs/$name.rc"
+}
+
+report() { # name
+    echo "== $1"
+    cat "$logs/$1"
+    [ "$(cat "$logs/$1.rc")" = 0 ] || failed=1
+}
+
+KERAS_BACKEND=jax run jax -m "not slow" &
+(
+    KERAS_BACKEND=torch run torch -m "not slow"
+    KERAS_BACKEND=tensorflow run tensorflow -m "not slow"
+) &
+wait
+report jax
+report torch
+report tensorflow
+KERAS_BACKEND=torch run slow -m slow
+report slow
+KERAS_BACKEND=torch PYTHONPATH=$OLDEST run oldest \
+    -m "not slow" --ignore tests/hub_sweep_test.py
+report oldest
+rm -rf "$logs"
+exit $failed
