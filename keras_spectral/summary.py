@@ -57,8 +57,9 @@ def adapter_summary(
 ) -> Summary:
     """Prints a table of adapters and other trained layers, with counts.
 
-    Below it stand layers whose kernels are not Dense, Conv or Embedding
-    layers (experts' tables, position embeddings), which no adapter reaches.
+    Other layers that train beside the adapters are marked "trained". Below
+    stand layers with a raw kernel, which is no Dense, Conv or Embedding
+    (experts' tables, position embeddings), so that no adapter reaches it.
 
     Args:
         model: A Keras model, wrapped or not.
@@ -126,36 +127,25 @@ def _holds_raw_kernel(layer):
 
 def _table(model, summary):
     table = rich.table.Table(title=f"Adapters of {model.name}")
-    for name in ("layer", "kind", "method"):
-        table.add_column(name, overflow="fold")
+    table.add_column("layer", overflow="fold", ratio=1)
+    table.add_column("method", no_wrap=True)
     for name in ("rank", "trainable", "frozen", "total"):
-        table.add_column(name, justify="right")
-    for row in summary.rows:
-        table.add_row(
-            row.path,
-            row.kind,
-            row.method or "(trains itself)",
-            "" if row.rank is None else str(row.rank),
-            *(f"{n:,}" for n in (row.trainable, row.frozen, row.total)),
-        )
-    if summary.raw:
+        table.add_column(name, justify="right", no_wrap=True)
+    for rows, note in ((summary.rows, "trained"), (summary.raw, "raw kernel")):
+        for row in rows:
+            rank = "" if row.rank is None else str(row.rank)
+            counts = (row.trainable, row.frozen, row.total)
+            table.add_row(
+                row.path, row.method or note, rank, *(f"{n:,}" for n in counts)
+            )
         table.add_section()
-    for row in summary.raw:
-        table.add_row(
-            row.path,
-            row.kind,
-            "(no adapter fits)",
-            "",
-            *(f"{n:,}" for n in (row.trainable, row.frozen, row.total)),
-        )
-    table.add_section()
     frozen = summary.total - summary.trainable
     share = 100 * summary.trainable / max(summary.total, 1)
+    counts = (summary.trainable, frozen, summary.total)
     table.add_row(
-        "whole model",
+        f"whole model, {share:.2f} % trainable",
         "",
-        f"{share:.2f} % trainable",
         "",
-        *(f"{n:,}" for n in (summary.trainable, frozen, summary.total)),
+        *(f"{n:,}" for n in counts),
     )
     return table

@@ -76,8 +76,8 @@ def wrap_model(
     ...      keras.layers.Dense(2, name="head")]
     ... )
     >>> model = wrap_model(model, "lora", target="hidden", rank=4)
-    >>> [w.path for w in model.trainable_weights]
-    ['hidden/lora_a', 'hidden/lora_b']
+    >>> [tuple(w.shape) for w in model.trainable_weights]
+    [(16, 4), (4, 8)]
     """
     adapter_class = _adapter_class(method)
     _check_model(model)

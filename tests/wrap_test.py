@@ -522,17 +522,14 @@ def test_export(tmp_path):
     model.predict(_x(2, 8), verbose=0)
     ks.wrap_model(model, "lora", target="all", rank=2)
     _randomize(model)
-    model.export(tmp_path / "saved", verbose=False)
-    served = tf.saved_model.load(tmp_path / "saved").serve(_x(2, 8))
-    np.testing.assert_allclose(
-        _numpy(served), _numpy(model(_x(2, 8))), atol=1e-6
-    )
-    ks.unwrap_model(model)
-    model.export(tmp_path / "plain", verbose=False)
-    served = tf.saved_model.load(tmp_path / "plain").serve(_x(2, 8))
-    np.testing.assert_allclose(
-        _numpy(served), _numpy(model(_x(2, 8))), atol=1e-6
-    )
+    for folder, step in (("saved", None), ("plain", ks.unwrap_model)):
+        if step:
+            step(model)
+        model.export(tmp_path / folder, verbose=False)
+        exported = tf.saved_model.load(tmp_path / folder)
+        np.testing.assert_allclose(
+            _numpy(exported.serve(_x(2, 8))), _numpy(model(_x(2, 8))), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -63,8 +63,8 @@ class ConvLoRA(AdapterLayer):
 
     >>> conv = keras.layers.Conv2D(16, 3, padding="same")
     >>> layer = ConvLoRA(conv, rank=2)
-    >>> layer(keras.ops.ones((1, 8, 8, 4))).shape[1:]
-    (8, 8, 16)
+    >>> tuple(layer(keras.ops.ones((1, 8, 8, 4))).shape)
+    (1, 8, 8, 16)
     """
 
     default_target = "conv"

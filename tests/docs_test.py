@@ -1,0 +1,34 @@
+"""Examples in docstrings run, and the public face is as documented."""
+
+import doctest
+import importlib
+import pkgutil
+
+import keras
+import pytest
+
+import keras_spectral
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(
+        keras_spectral.__path__, "keras_spectral."
+    )
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    keras.utils.clear_session()  # automatic names count from the start
+    result = doctest.testmod(
+        module, extraglobs={"keras": keras, "ks": keras_spectral}
+    )
+    assert result.failed == 0
+
+
+def test_public_names_have_docstrings_and_examples():
+    for name in keras_spectral.__all__:
+        documented = getattr(keras_spectral, name)
+        assert documented.__doc__, name
+        assert "Raises:" in documented.__doc__ or name == "adapter_summary"

@@ -1,0 +1,198 @@
+"""KerasHub tasks: heads, generation, published parameter counts."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_spectral as ks
+
+keras_hub = pytest.importorskip("keras_hub")
+
+
+def _bert(**config):
+    sizes = dict(
+        vocabulary_size=30,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=6,
+    )
+    return keras_hub.models.BertBackbone(**{**sizes, **config})
+
+
+def _inputs(batch=4):
+    rng = np.random.default_rng(0)
+    return {
+        "token_ids": rng.integers(1, 30, (batch, 6)),
+        "segment_ids": np.zeros((batch, 6), int),
+        "padding_mask": np.tile([1, 1, 1, 1, 0, 0], (batch, 1)),
+    }
+
+
+def _classifier():
+    return keras_hub.models.BertTextClassifier(
+        _bert(), num_classes=2, preprocessor=None
+    )
+
+
+def _randomize(model, size=0.5):
+    rng = np.random.default_rng(1)
+    for weight in model.trainable_weights:
+        weight.assign(rng.normal(0, size, weight.shape))
+
+
+def test_default_is_query_value_and_head():
+    model = _classifier()
+    ks.wrap_model(model, "lora", rank=2)
+    paths = [w.path for w in model.trainable_weights]
+    assert len(paths) == 2 * 2 * 2 + 2
+    assert sum("query/lora" in path for path in paths) == 4
+    assert sum("value/lora" in path for path in paths) == 4
+    assert sum("logits" in path for path in paths) == 2
+    # Paths lie under the base's own, for layout maps.
+    for layer in model._flatten_layers():
+        if isinstance(layer, ks.AdapterLayer):
+            assert all(
+                w.path.startswith(layer.layer.path) for w in layer.weights
+            )
+
+
+def test_head_travels_with_the_file(tmp_path):
+    model = _classifier()
+    model.compile(optimizer="adam")
+    ks.wrap_model(model, "lora", rank=2)
+    _randomize(model)
+    ks.save_adapters(model, tmp_path / "a.safetensors")
+    expected = ops.convert_to_numpy(model(_inputs()))
+    with ks.unwrapped(model):
+        values = model.backbone.get_weights()
+    fresh = _classifier()
+    fresh.backbone.set_weights(values)
+    ks.load_adapters(fresh, tmp_path / "a.safetensors")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(fresh(_inputs())), expected, atol=1e-6
+    )
+    assert len(fresh.trainable_weights) == len(model.trainable_weights)
+
+
+def test_wrapping_only_the_backbone_reaches_the_compiled_task():
+    model = _classifier()
+    model.compile(
+        optimizer="adam",
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(_inputs(), np.array([0, 1, 0, 1]), verbose=0)
+    plain = model.predict(_inputs(), verbose=0)
+    ks.wrap_model(model.backbone, "lora", rank=2)
+    for weight in model.backbone.trainable_weights:
+        weight.assign(weight + 0.5)
+    assert np.abs(model.predict(_inputs(), verbose=0) - plain).max() > 1e-4
+    before = [w.numpy() for w in model.backbone.trainable_weights]
+    assert len(before) == 8
+    model.fit(_inputs(), np.array([0, 1, 0, 1]), verbose=0)
+    for weight, value in zip(model.backbone.trainable_weights, before):
+        assert np.abs(weight.numpy() - value).max() > 0
+    ks.unwrap_model(model.backbone)
+    # The head has trained in between, so only its kind is compared.
+    assert model.predict(_inputs(), verbose=0).shape == plain.shape
+
+
+def test_mixed_float16_loss_scaling_and_recompiled_optimizer():
+    model = _classifier()
+    model.compile(
+        optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    labels = np.array([0, 1, 0, 1])
+    model.fit(_inputs(), labels, verbose=0)
+    ks.wrap_model(model, "lora", rank=2)
+    before = [w.numpy() for w in model.trainable_weights]
+    model.fit(_inputs(), labels, epochs=2, verbose=0)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    for weight, value in zip(model.trainable_weights, before):
+        assert np.abs(weight.numpy() - value).max() > 0, weight.path
+
+
+def _gpt2():
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=30,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=12,
+    )
+    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    model.compile(sampler="greedy")
+    return model
+
+
+def test_generate_made_earlier_runs_the_adapters():
+    model = _gpt2()
+    prompt = {
+        "token_ids": np.array([[5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]]),
+    }
+
+    def generate():
+        outputs = model.generate(prompt, stop_token_ids=None)
+        return ops.convert_to_numpy(outputs["token_ids"])
+
+    plain = generate()
+    ks.wrap_model(model, "lora", target="all-linear", rank=2)
+    np.testing.assert_array_equal(generate(), plain)
+    _randomize(model, 2.0)
+    adapted = generate()
+    assert (adapted != plain).any()
+    with ks.adapters_disabled(model):
+        np.testing.assert_array_equal(generate(), plain)
+    np.testing.assert_array_equal(generate(), adapted)
+    # The cache changes nothing: the greedy token is the argmax of logits.
+    logits = ops.convert_to_numpy(
+        model({"token_ids": adapted, "padding_mask": np.ones_like(adapted)})
+    )
+    np.testing.assert_array_equal(logits.argmax(-1)[:, 2:-1], adapted[:, 3:])
+    ks.unwrap_model(model)
+    np.testing.assert_array_equal(generate(), plain)
+
+
+def test_bert_base_has_the_published_count():
+    model = _bert(
+        num_layers=12, num_heads=12, hidden_dim=768, intermediate_dim=3072
+    )
+    ks.wrap_model(model, "lora", rank=8)
+    count = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
+    assert count == 294_912
+
+
+def test_layers_with_one_path_keep_their_weights_apart():
+    backbone = keras_hub.models.SmolLM3Backbone(
+        vocabulary_size=30,
+        hidden_dim=8,
+        intermediate_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_bias=False,
+        attention_dropout=0.0,
+        rope_layer_enabled_list=[True, True],
+        layer_types=["full_attention", "full_attention"],
+        mlp_bias=False,
+        layer_norm_epsilon=1e-5,
+        max_position_embeddings=16,
+        rope_theta=10000.0,
+        partial_rotary_factor=1.0,
+    )
+    ks.wrap_model(backbone, "lora", target=".*o_proj", rank=1)
+    paths = [w.path for w in backbone.trainable_weights]
+    assert len(paths) == 4 and len(set(paths)) == 4
+
+
+def test_raw_kernels_are_listed(capsys):
+    model = _bert()
+    ks.wrap_model(model, "lora", rank=2)
+    summary = ks.adapter_summary(model)
+    assert any("position_embedding" in row.path for row in summary.raw)
+    assert "raw kernel" in capsys.readouterr().out
