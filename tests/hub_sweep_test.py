@@ -30,11 +30,31 @@ NO_FIT = {"sam_image_segmenter", "sam_backbone", "rqvae_backbone"}
 OTHER_LAYOUT = {"gemma3_vision_backbone", "stable_diffusion_3_backbone"}
 
 
+# PyTorch, which compiles nothing, runs all models; the others these.
+EVERYWHERE = """
+    bart bert bloom clip cspnet deberta_v3 deit dinov2 distil_bert edrec electra
+    esm f_net falcon gemma gemma3 gemma3n gemma4 gpt2 gpt_neo_x gpt_oss llama
+    mistral mixtral mobilenet opt phi3 qwen qwen3 qwen3_moe qwen_moe roberta
+    roformer_v2 smollm3 t5 t5gemma vgg vit whisper xception xlnet
+""".split()
+EVERYWHERE = {f"{name}_backbone" for name in EVERYWHERE} | {
+    "bert_text_classifier",
+    "gpt2_causal_lm",
+    "mobilenet_v2",
+}
+
+
 def _cases():
     backend = keras.backend.backend()
     for case in MODELS + APPLICATIONS:
-        if backend in case.backends:
+        wanted = backend == "torch" or case.name in EVERYWHERE
+        if wanted and backend in case.backends:
             yield pytest.param(case, id=case.name)
+
+
+def test_the_short_list_names_models():
+    names = {case.name for case in MODELS + APPLICATIONS}
+    assert names >= EVERYWHERE and len(EVERYWHERE) >= 43
 
 
 def _outputs(model, case):
