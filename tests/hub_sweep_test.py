@@ -95,7 +95,9 @@ def _fit_once(model, case):
     model.fit(x, y, batch_size=2, verbose=0)
 
 
-@pytest.mark.parametrize("case", _cases())
+# KerasHub's models have warnings of their own.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", list(_cases()))
 def test_wrap_train_save_and_take_back(case, tmp_path):
     model = case.make()
     plain = _outputs(model, case)

@@ -257,3 +257,21 @@ def test_a_failed_save_keeps_the_old_file(saved, monkeypatch):
 def test_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="no adapters"):
         ks.save_adapters(_model(), tmp_path / "x.safetensors")
+
+
+def test_every_backend_reads_a_file_as_numpy_does(saved):
+    """Base weights by numpy, adapters by file: the same numbers everywhere."""
+    _, path = saved
+    rng = np.random.default_rng(7)
+    fresh = _model()
+    values = [rng.normal(0, 0.3, w.shape) for w in fresh.weights]
+    fresh.set_weights(values)
+    ks.load_adapters(fresh, path)
+    file, x = _tensors(path), np.float64(_x())
+    for kernel, bias, name in zip(
+        values[0:4:2], values[1:4:2], ("dense", "dense_1")
+    ):
+        delta = file[f"{name}/lora_a"] @ file[f"{name}/lora_b"]
+        x = np.maximum(x @ (kernel + 3 / 2 * delta) + bias, 0)
+    expected = x @ file["head/kernel"] + file["head/bias"]
+    np.testing.assert_allclose(_out(fresh), expected, atol=1e-5)
