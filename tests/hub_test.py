@@ -88,7 +88,7 @@ def test_wrapping_only_the_backbone_reaches_the_compiled_task():
     ks.wrap_model(model.backbone, "lora", rank=2)
     for weight in model.backbone.trainable_weights:
         weight.assign(weight + 0.5)
-    assert np.abs(model.predict(_inputs(), verbose=0) - plain).max() > 1e-4
+    assert np.abs(model.predict(_inputs(), verbose=0) - plain).max() > 1e-6
     before = [w.numpy() for w in model.backbone.trainable_weights]
     assert len(before) == 8
     model.fit(_inputs(), np.array([0, 1, 0, 1]), verbose=0)
