@@ -29,10 +29,15 @@ class KernelView:
         return self.layer.quantization_mode is not None
 
     def matrix(self):
-        """The kernel as a float32 matrix; a quantised one is dequantised."""
+        """The kernel as a matrix, in float32 or, for such a base, float64.
+
+        A quantised kernel is read dequantised.
+        """
         if self.quantized:
             return self._probe()
-        return self.to_matrix(ops.cast(self.variable(), "float32"))
+        variable = self.variable()
+        wide = "float64" if variable.dtype == "float64" else "float32"
+        return self.to_matrix(ops.cast(variable, wide))
 
     def assign(self, matrix) -> None:
         """Writes a matrix (n_in x n_out) into the layer's kernel."""
