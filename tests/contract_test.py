@@ -132,7 +132,7 @@ def _numpy(x):
     return ops.convert_to_numpy(ops.cast(x, "float32"))
 
 
-def _close(got, expected, atol=1e-5):
+def _check_close(got, expected, atol=1e-5):
     scale = max(1.0, np.abs(_numpy(expected)).max())
     np.testing.assert_allclose(
         _numpy(got), _numpy(expected), atol=atol * scale, rtol=0
@@ -176,7 +176,7 @@ def test_disabled_unwrapped_and_merged(variant, case):
     with ks.unwrapped(model):
         assert base in model.layers
         plain = model(case.inputs())
-    _close(model(case.inputs()), adapted, 1e-6)
+    _check_close(model(case.inputs()), adapted, 1e-6)
     assert np.abs(_numpy(adapted) - _numpy(plain)).max() > 1e-3
     with ks.adapters_disabled(model):
         np.testing.assert_array_equal(
@@ -192,8 +192,8 @@ def test_disabled_unwrapped_and_merged(variant, case):
     adapter.hold()
     adapter.merge()
     adapter.release()
-    _close(model(case.inputs()), adapted)
-    _close(adapter.view.matrix(), effective)
+    _check_close(model(case.inputs()), adapted)
+    _check_close(adapter.view.matrix(), effective)
 
 
 def _kernel_name(adapter):
@@ -207,7 +207,7 @@ def test_merge_model_gives_plain_layers_with_the_same_outputs(variant, case):
     adapted = model(case.inputs())
     ks.merge_model(model)
     assert adapter not in model.layers and adapter.layer in model.layers
-    _close(model(case.inputs()), adapted)
+    _check_close(model(case.inputs()), adapted)
 
 
 @CONTRACT
@@ -219,7 +219,7 @@ def test_equals_its_formula(variant, case):
     matrix = _numpy(adapter.view.matrix()) + oracle(variant, adapter)
     ks.unwrap_model(model)
     adapter.view.assign(matrix)
-    _close(got, model(case.inputs()))
+    _check_close(got, model(case.inputs()))
 
 
 def oracle(variant, adapter):
@@ -261,7 +261,7 @@ def test_hand_built_layer_round_trips_and_goes_on_learning(
     _randomize(adapter)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    _close(again(case.inputs()), model(case.inputs()), 1e-6)
+    _check_close(again(case.inputs()), model(case.inputs()), 1e-6)
     other = next(x for x in again.layers if isinstance(x, ks.AdapterLayer))
     assert other.options() == adapter.options()
     again.compile(optimizer="sgd", loss="mse")
@@ -297,7 +297,7 @@ def test_adapter_file_round_trip(variant, case, tmp_path):
     ks.save_adapters(model, tmp_path / "adapters.safetensors")
     ks.unwrap_model(model)
     ks.load_adapters(model, tmp_path / "adapters.safetensors")
-    _close(model(case.inputs()), adapted, 1e-6)
+    _check_close(model(case.inputs()), adapted, 1e-6)
 
 
 @CONTRACT

@@ -129,7 +129,7 @@ def test_changed_scale_travels(saved, tmp_path):
     np.testing.assert_allclose(_out(fresh), _out(model), atol=1e-6)
 
 
-def _refused(path, match, model=None, error=ValueError):
+def _check_refused(path, match, model=None, error=ValueError):
     """Loading raises, and neither model nor file has changed."""
     model = model or _model()
     model.compile(optimizer="adam", loss="mse")
@@ -170,12 +170,12 @@ def test_tensors_must_fit_exactly(saved, change, match, wrapped):
     tensors = _tensors(path)
     change(tensors)
     _rewrite(path, {k: np.ascontiguousarray(v) for k, v in tensors.items()})
-    _refused(path, match, model if wrapped else None)
+    _check_refused(path, match, model if wrapped else None)
 
 
 def test_file_of_another_model(saved):
     _, path = saved
-    _refused(path, "belongs to another model", _model(width=12))
+    _check_refused(path, "belongs to another model", _model(width=12))
 
 
 def test_truncated_file(saved):
@@ -183,7 +183,7 @@ def test_truncated_file(saved):
     content = path.read_bytes()
     for size in (0, 5, len(content) // 2, len(content) - 3):
         path.write_bytes(content[:size])
-        _refused(path, "not a readable safetensors file")
+        _check_refused(path, "not a readable safetensors file")
 
 
 def test_pickle_under_the_right_name(saved):
@@ -194,23 +194,23 @@ def test_pickle_under_the_right_name(saved):
             return (path.with_suffix(".ran").touch, ())
 
     path.write_bytes(pickle.dumps(Evil()))
-    _refused(path, "not a readable safetensors file")
+    _check_refused(path, "not a readable safetensors file")
     assert not path.with_suffix(".ran").exists()
 
 
 def test_other_safetensors_and_versions(saved):
     _, path = saved
     _rewrite(path, format="pt")
-    _refused(path, "not one of keras_spectral")
+    _check_refused(path, "not one of keras_spectral")
     _rewrite(path, format="keras_spectral.adapters", format_version="99")
-    _refused(path, "version '99'")
+    _check_refused(path, "version '99'")
 
 
 @pytest.mark.parametrize("value", ["{", "3", '[{"path": 1}]', '["x"]'])
 def test_damaged_metadata(saved, value):
     _, path = saved
     _rewrite(path, adapters=value)
-    _refused(path, "damaged metadata")
+    _check_refused(path, "damaged metadata")
 
 
 @pytest.mark.parametrize(
@@ -228,16 +228,18 @@ def test_entries_are_not_trusted(saved, key, value, match):
         entries = json.loads(file.metadata()["adapters"])
     entries[0][key] = value
     _rewrite(path, adapters=json.dumps(entries))
-    _refused(path, match)
+    _check_refused(path, match)
 
 
 def test_wrapped_otherwise(saved):
     _, path = saved
-    _refused(path, "does not fit the wrapped model", _wrapped(rank=3))
+    _check_refused(path, "does not fit the wrapped model", _wrapped(rank=3))
 
 
 def test_missing_file(tmp_path):
-    _refused(tmp_path / "no.safetensors", "no adapter", error=FileNotFoundError)
+    _check_refused(
+        tmp_path / "no.safetensors", "no adapter", error=FileNotFoundError
+    )
 
 
 def test_a_failed_save_keeps_the_old_file(saved, monkeypatch):
