@@ -30,6 +30,7 @@ from rich.progress import TimeRemainingColumn
 import keras_spectral as ks
 
 MAX_LENGTH = {"mrpc": 96, "rte": 128, "cola": 96, "sst2": 96}
+LENGTH_STEP = 16  # paddings of single batches, to compile few shapes
 EVALUATION_SPLIT = {"mrpc": "dev", "rte": "dev", "cola": "dev", "sst2": "test"}
 Rows = tuple[list[str], list[str], np.ndarray]  # first, second, labels
 Inputs = dict[str, np.ndarray]
@@ -135,6 +136,52 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+class Batches(keras.utils.PyDataset):
+    """Batches of rows, each padded to its own longest example only."""
+
+    def __init__(
+        self, inputs: Inputs, labels: np.ndarray, batches: list[np.ndarray]
+    ):
+        super().__init__()
+        self.inputs = inputs
+        self.labels = labels
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        rows = self.batches[index]
+        longest = lengths(self.inputs)[rows].max()
+        longest = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        cut = {k: array[rows, :longest] for k, array in self.inputs.items()}
+        return cut, self.labels[rows]
+
+
+def lengths(inputs: Inputs) -> np.ndarray:
+    """Tokens of each example, padding left out."""
+    return inputs["padding_mask"].sum(axis=1)
+
+
+def plain_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Consecutive rows."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def grouped_batches(
+    rows: np.ndarray,
+    inputs: Inputs,
+    size: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Batches of similar length, drawn within pools of 16 batches."""
+    found = []
+    for pool in plain_batches(rows, 16 * size):
+        order = pool[np.argsort(lengths(inputs)[pool], kind="stable")]
+        found += plain_batches(order, size)
+    return [found[i] for i in rng.permutation(len(found))]
+
+
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy, F1 of class 1 and Matthews correlation."""
     hits = ((predicted == 1) & (labels == 1)).sum()
@@ -215,16 +262,26 @@ def train(
         progress = ShowProgress(bar, total_steps)
         for epoch in range(args.epochs):
             rows = rng.permutation(pool)
-            fitted = model.fit(
-                {name: array[rows] for name, array in inputs.items()},
-                labels[rows],
-                batch_size=args.batch,
-                initial_epoch=epoch,
-                epochs=epoch + 1,
-                shuffle=False,
-                verbose=0,
-                callbacks=[progress],
-            )
+            settings = {
+                "initial_epoch": epoch,
+                "epochs": epoch + 1,
+                "shuffle": False,
+                "verbose": 0,
+                "callbacks": [progress],
+            }
+            if args.group_by_length:
+                batches = grouped_batches(rows, inputs, args.batch, rng)
+                # Not KerasHub's `fit`, which knows no PyDataset.
+                fitted = keras.Model.fit(
+                    model, Batches(inputs, labels, batches), **settings
+                )
+            else:
+                fitted = model.fit(
+                    {name: array[rows] for name, array in inputs.items()},
+                    labels[rows],
+                    batch_size=args.batch,
+                    **settings,
+                )
             result = {
                 "epoch": epoch + 1,
                 "loss": fitted.history["loss"][-1],
@@ -291,6 +348,11 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--examples", type=int, help="train on that many, drawn by the seed")
     add("--length", type=int, help="longest input in tokens")
+    add(
+        "--group-by-length",
+        action="store_true",
+        help="batches of similar length, each padded to its own longest",
+    )
     args = parser.parse_args()
     args.lr = args.lr or (5e-5 if args.method == "full" else 1e-3)
     args.length = args.length or MAX_LENGTH[args.task]

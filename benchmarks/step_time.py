@@ -19,7 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-VARIANTS = ("frozen", "lora", "enable_lora", "full")
+VARIANTS = (
+    "frozen",
+    "lora",
+    "spectral",
+    "gated_spectral",
+    "gated_rebuilt",
+    "enable_lora",
+    "full",
+)
 CASES = ("minilm", "dense")
 RANK = 8
 BATCH = {"minilm": 16, "dense": 256}
@@ -75,8 +83,10 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
 
     What trains: `frozen`, the bias of the first wrapped layer, so that the
     backward pass still runs through the whole model; `lora` and
-    `enable_lora`, the two factors of every wrapped layer; `full`, everything.
-    A task head trains in `full` only.
+    `enable_lora`, the two factors of every wrapped layer; `spectral` and
+    `gated_spectral`, those adapters' weights; `gated_rebuilt`, the same gates
+    in a prototype that rebuilds every kernel in every call; `full`,
+    everything. A task head trains in `full` only.
     """
     import keras
 
@@ -90,13 +100,14 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
             layer.enable_lora(RANK)
         factors = [(x.lora_kernel_a, x.lora_kernel_b) for x in layers]
         train_only(model, [factor for pair in factors for factor in pair])
-    elif variant == "lora":
+    elif variant == "gated_rebuilt":
+        model = rebuilt_model(model)
+    elif variant != "full":
         import keras_spectral as ks
 
         target = "attention" if case == "minilm" else keras.layers.Dense
-        ks.wrap_model(
-            model, "lora", target=target, rank=RANK, alpha=RANK, trainable=[]
-        )
+        options = {"rank": RANK} | ({"alpha": RANK} if variant == "lora" else {})
+        ks.wrap_model(model, variant, target=target, trainable=[], **options)
     loss = (
         keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if case == "minilm"
@@ -104,6 +115,39 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
     )
     model.compile(keras.optimizers.AdamW(1e-3), loss)
     return model, inputs, targets
+
+
+def rebuilt_model(model: Any) -> Any:
+    """Gates on all singular values by rebuilding the kernel in each call."""
+    import keras
+    import numpy as np
+
+    class RebuiltGates(keras.layers.Layer):
+        def __init__(self, dense):
+            super().__init__()
+            kernel = keras.ops.convert_to_numpy(dense.kernel)
+            u, s, vt = np.linalg.svd(kernel, full_matrices=False)
+            self.parts = [
+                self.add_weight(
+                    shape=part.shape,
+                    initializer=lambda shape, dtype, part=part: part,
+                    trainable=False,
+                )
+                for part in (u, s, vt)
+            ]
+            self.dense = dense
+            dense.trainable = False
+            self.gates = self.add_weight(shape=s.shape, initializer="zeros")
+
+        def call(self, inputs):
+            u, s, vt = self.parts
+            kernel = keras.ops.matmul(u * (s * (1 + self.gates)), vt)
+            outputs = keras.ops.matmul(inputs, kernel) + self.dense.bias
+            return self.dense.activation(outputs)
+
+    inputs = keras.Input(model.input_shape[1:])
+    layers = [x for x in model.layers if isinstance(x, keras.layers.Dense)]
+    return keras.Sequential([inputs, *map(RebuiltGates, layers)])
 
 
 def fit(case: str, model: Any, inputs: Any, targets: Any) -> None:
@@ -192,6 +236,7 @@ def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
         rows[name] = {
             "ms": statistics.median(times),
             "ms_min": min(times),
+            "rounds": [round(t, 1) for t in times],
             "trainable": timed["trainable"][name],
             **memory,
         }
@@ -273,9 +318,15 @@ def main() -> None:
     if args.worker == "memory":
         print(json.dumps(peak_memory(args.case, args.variants[0])))
         return
+    cases = CASES if args.case == "all" else [args.case]
+    asked = args.variants
     backends = args.backends or os.environ.get("KERAS_BACKEND", "tensorflow")
     for backend in backends.split(","):
-        for case in CASES if args.case == "all" else [args.case]:
+        for case in cases:
+            # The prototype is for a stack of Dense only.
+            args.variants = [
+                v for v in asked if case == "dense" or v != "gated_rebuilt"
+            ]
             rows = measure(case, backend, args)
             show_table(case, backend, rows)
             result = {
@@ -288,7 +339,10 @@ def main() -> None:
                 "rank": RANK,
                 "cpus": os.cpu_count(),
                 "variants": {
-                    name: {k: round(v, 3) for k, v in row.items()}
+                    name: {
+                        k: v if k == "rounds" else round(v, 3)
+                        for k, v in row.items()
+                    }
                     for name, row in rows.items()
                 },
             }

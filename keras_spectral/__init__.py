@@ -1,28 +1,46 @@
 """Parameter-efficient fine-tuning and compression for Keras 3."""
 
+from keras_spectral import callbacks
+from keras_spectral import plots
+from keras_spectral.contexts import adapters_disabled
+from keras_spectral.contexts import merged
+from keras_spectral.contexts import unwrapped
+from keras_spectral.convert import freeze_gates
+from keras_spectral.convert import to_lora
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
+from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
+from keras_spectral.layers import SpectralDense
+from keras_spectral.saving import fuse_adapters
 from keras_spectral.saving import load_adapters
 from keras_spectral.saving import save_adapters
 from keras_spectral.summary import adapter_summary
-from keras_spectral.wrap import adapters_disabled
 from keras_spectral.wrap import merge_model
 from keras_spectral.wrap import unwrap_model
-from keras_spectral.wrap import unwrapped
 from keras_spectral.wrap import wrap_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterLayer",
+    "ConditionalSpectralDense",
     "ConvLoRA",
+    "GatedSpectralDense",
     "LoRADense",
+    "SpectralDense",
     "adapter_summary",
     "adapters_disabled",
+    "callbacks",
+    "freeze_gates",
+    "fuse_adapters",
     "load_adapters",
     "merge_model",
+    "merged",
+    "plots",
     "save_adapters",
+    "to_lora",
     "unwrap_model",
     "unwrapped",
     "wrap_model",

@@ -1,5 +1,6 @@
 """Matrix decompositions shared by the methods."""
 
+import numpy as np
 from keras import ops
 
 
@@ -10,11 +11,12 @@ def truncated_svd(matrix, rank):
     is positive, so the same matrix gives the same factors on every backend.
 
     Args:
-        matrix: Tensor (n_in x n_out), taken to float32 if it is smaller.
+        matrix: Tensor (..., n_in, n_out), taken to float32 if it is smaller.
         rank: How many triplets, at most min(n_in, n_out).
 
     Returns:
-        `U` (n_in x rank), `S` (rank, descending), `V` (n_out x rank).
+        `U` (..., n_in, rank), `S` (..., rank), descending, and
+        `V` (..., n_out, rank).
 
     Example:
 
@@ -22,11 +24,122 @@ def truncated_svd(matrix, rank):
     >>> [round(float(x), 4) for x in s]
     [3.0, 2.0]
     """
+    u, s, vt = ops.svd(_at_least_float32(matrix), full_matrices=False)
+    v = _transpose(vt[..., :rank, :])
+    return _fix_signs(u[..., :rank], s[..., :rank], v)
+
+
+def randomized_svd(
+    matrix, rank, oversampling=None, tolerance=1e-4, max_iterations=8, seed=0
+):
+    """The first `rank` singular triplets by subspace iteration.
+
+    A random subspace of `rank + oversampling` directions is multiplied by
+    the matrix and its transpose in turn, made orthonormal by QR each time,
+    until the estimated error is below `tolerance`. It costs a few products
+    with a thin matrix where a whole SVD costs min(n_in, n_out) of them. The
+    faster the singular values fall, the fewer steps it takes; where they
+    hardly fall, the directions found are some of the leading ones, mixed.
+    Whatever the error, `matrix^T U = V diag(S)` holds to rounding.
+
+    Source: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4.
+
+    Args:
+        matrix: Tensor (..., n_in, n_out), taken to float32 if it is smaller.
+        rank: How many triplets, at most min(n_in, n_out).
+        oversampling: Directions kept beside them. Defaults to `rank + 8`.
+        tolerance: Stop when the error is below it.
+        max_iterations: Stop after so many pairs of products.
+        seed: Integer seed of the first subspace, equal on every backend.
+
+    Returns:
+        `U` (..., n_in, rank), `S` (..., rank), `V` (..., n_out, rank), and
+        the error (...): an estimate of the sine of the largest angle between
+        the columns of U and the true subspace, at most 1.
+
+    Example:
+
+    >>> matrix = keras.ops.diag([2.0 ** -i for i in range(40)])
+    >>> u, s, v, error = randomized_svd(matrix, 3)
+    >>> [round(float(x), 4) for x in s], bool(error < 1e-4)
+    ([1.0, 0.5, 0.25], True)
+    """
+    matrix = _at_least_float32(matrix)
+    transposed = _transpose(matrix)
+    n_in, n_out = matrix.shape[-2:]
+    extra = rank + 8 if oversampling is None else oversampling
+    width = min(rank + extra, n_in, n_out)
+    start = np.random.default_rng(seed).normal(size=(n_out, width))
+    product = ops.matmul(matrix, ops.cast(start, matrix.dtype))
+    for _ in range(max_iterations):
+        left, _ = ops.qr(product)
+        right, triangle = ops.qr(ops.matmul(transposed, left))
+        product = ops.matmul(matrix, right)
+        inner_u, s, inner_vt = ops.svd(_transpose(triangle))
+        inner_v = _transpose(inner_vt)
+        u = ops.matmul(left, inner_u[..., :rank])
+        residual = ops.matmul(product, inner_v[..., :rank])
+        residual = residual - u * s[..., None, :rank]
+        error = _subspace_error(residual, s, rank)
+        if ops.max(error) <= tolerance:
+            break
+    v = ops.matmul(right, inner_v[..., :rank])
+    return *_fix_signs(u, s[..., :rank], v), error
+
+
+def cayley(matrix):
+    """The Cayley map: any square matrix to a rotation.
+
+    `Q(X) = (I - Z)(I + Z)^-1` with `Z = (X - X^T) / 2`. `Q(0) = I`. `I + Z`
+    is never singular, and the two factors commute, so one solve does it.
+
+    Args:
+        matrix: Tensor (..., r, r).
+
+    Returns:
+        An orthogonal matrix of the same shape.
+
+    Example:
+
+    >>> q = cayley(keras.ops.convert_to_tensor([[0.0, 2.0], [0.0, 0.0]]))
+    >>> [[round(float(x), 4) + 0.0 for x in row] for row in q]
+    [[0.0, -1.0], [1.0, 0.0]]
+    """
     matrix = ops.convert_to_tensor(matrix)
-    if matrix.dtype not in ("float32", "float64"):
-        matrix = ops.cast(matrix, "float32")
-    u, s, vt = ops.svd(matrix, full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    largest = ops.argmax(ops.abs(u), axis=0, keepdims=True)
-    signs = ops.sign(ops.take_along_axis(u, largest, axis=0))
-    return u * signs, s, ops.transpose(vt) * signs
+    skew = (matrix - _transpose(matrix)) / 2
+    eye = ops.eye(matrix.shape[-1], dtype=skew.dtype)
+    return ops.solve(eye + skew, ops.broadcast_to(eye, skew.shape) - skew)
+
+
+def _at_least_float32(matrix):
+    matrix = ops.convert_to_tensor(matrix)
+    if matrix.dtype in ("float32", "float64"):
+        return matrix
+    return ops.cast(matrix, "float32")
+
+
+def _transpose(matrix):
+    return ops.swapaxes(matrix, -1, -2)
+
+
+def _fix_signs(u, s, v):
+    largest = ops.argmax(ops.abs(u), axis=-2, keepdims=True)
+    signs = ops.sign(ops.take_along_axis(u, largest, axis=-2))
+    return u * signs, s, v * signs
+
+
+def _subspace_error(residual, s, rank):
+    """Bounds the angle by what the subspace misses, over the gap behind it.
+
+    What is missing altogether counts against the values beyond the subspace;
+    a mix-up of the last triplet kept with the first one dropped, both inside
+    the subspace, is of second order.
+    """
+    tiny = 1e-6 * s[..., 0] + 1e-30
+    missed = ops.sqrt(ops.sum(residual**2, axis=(-2, -1)))
+    last, beyond = s[..., rank - 1], s[..., -1]
+    first_dropped = s[..., min(rank, s.shape[-1] - 1)]
+    outside = missed / ops.maximum(last - beyond, tiny)
+    inside = missed**2 / ops.maximum(last * (last - first_dropped), tiny**2)
+    exact = missed <= ops.sqrt(float(rank)) * tiny
+    return ops.where(exact, 0.0, ops.minimum(outside + inside, 1.0))

@@ -149,6 +149,29 @@ def outside_backbone(model, candidates: list[Place]) -> list[Place]:
     ]
 
 
+def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
+    """The places that `trainable` names, with all that is inside them."""
+    if trainable is None:
+        return outside_backbone(model, candidates)
+    patterns = [trainable] if isinstance(trainable, str) else list(trainable)
+    kept = []
+    for pattern in patterns:
+        matched = match_paths(candidates, pattern)
+        if not matched:
+            raise ValueError(
+                f"trainable={pattern!r} matches no layer of model "
+                f"'{model.name}'. Layers here: {describe(candidates)}."
+            )
+        for place in matched:
+            inside = f"{place.path}/"
+            kept += [
+                other
+                for other in candidates
+                if other is place or other.path.startswith(inside)
+            ]
+    return kept
+
+
 def _subject(layer):
     """The layer itself, or the base of an adapter."""
     return layer.layer if isinstance(layer, AdapterLayer) else layer

@@ -76,7 +76,7 @@ def adapter_summary(
     >>> adapter_summary(model, rich.console.Console(quiet=True))
     Summary(1 adapters, 48 of 185 weights trainable)
     """
-    found = [_row(place) for place in places(model)]
+    found = [_row(place) for place in places(model)] + _shared_rows(model)
     rows = tuple(r for r in found if r.method is not None or r.trainable)
     raw = tuple(
         _row(place) for place in places(model) if _holds_raw_kernel(place.layer)
@@ -93,13 +93,32 @@ def _row(place):
     if isinstance(layer, AdapterLayer):
         kind = type(layer.layer).__name__
         method, rank = layer.method, getattr(layer, "rank", None)
-        weights = layer.weights
+        weights = [*own_variables(layer), *layer.layer.weights]
     else:
         kind, method, rank = type(layer).__name__, None, None
         weights = own_variables(layer)
     trainable = _count(w for w in weights if w.trainable)
     frozen = _count(weights) - trainable
     return SummaryRow(place.path, kind, method, rank, trainable, frozen)
+
+
+def _shared_rows(model):
+    """A row for each layer that several adapters share."""
+    rows = {}
+    for place in places(model):
+        if isinstance(place.layer, AdapterLayer) and place.layer.shared:
+            shared = place.layer.shared
+            trainable = _count(shared.trainable_weights)
+            frozen = _count(shared.weights) - trainable
+            rows[id(shared)] = SummaryRow(
+                shared.name,
+                type(shared).__name__,
+                None,
+                None,
+                trainable,
+                frozen,
+            )
+    return list(rows.values())
 
 
 def _count(weights):

@@ -11,6 +11,7 @@ import contextlib
 import gc
 
 import keras
+from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.ops.function import make_node_key
 from keras.src.ops.node import KerasHistory
 from keras.src.utils.tracking import DotNotTrackScope
@@ -60,6 +61,17 @@ def set_trainable(
 def trainable_flags(layer: keras.layers.Layer) -> tuple[bool, list[bool]]:
     """What `set_trainable` would restore."""
     return layer._trainable, [v.trainable for v in layer._trainable_variables]
+
+
+def config_of_shared(layer: keras.layers.Layer) -> keras.layers.Layer | dict:
+    """What a `get_config` returns for a layer that others hold as well.
+
+    While a whole model is saved, the layer itself: so Keras notes that it is
+    shared, and restores the sharing. Else its configuration.
+    """
+    if get_global_attribute("shared_objects/id_to_config_map") is not None:
+        return layer
+    return keras.saving.serialize_keras_object(layer)
 
 
 def build_in_place(layer: keras.layers.Wrapper, twin: int = 0) -> None:

@@ -1,22 +1,24 @@
 """Wraps models: puts adapters around layers, takes them off, folds them in."""
 
+import collections
 import contextlib
 import inspect
+import os
 import weakref
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 
 import keras
 
 from keras_spectral import surgery
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.adapter import give_triplets
 from keras_spectral.select import Place
 from keras_spectral.select import Target
 from keras_spectral.select import describe
+from keras_spectral.select import kept_places
 from keras_spectral.select import match_paths
-from keras_spectral.select import outside_backbone
 from keras_spectral.select import places
 from keras_spectral.select import select
 
@@ -32,6 +34,7 @@ def wrap_model(
     exclude: Target | None = None,
     trainable: str | Iterable[str] | None = None,
     overrides: dict[str, dict] | None = None,
+    svd_cache: str | os.PathLike | None = None,
     **options,
 ) -> keras.Model:
     """Puts an adapter around layers of a model, in place.
@@ -44,7 +47,7 @@ def wrap_model(
 
     Args:
         model: Any built Keras or KerasHub model.
-        method: A registered name (`"lora"`, `"conv_lora"`) or adapter class.
+        method: A registered name (`"lora"`, `"spectral"`) or adapter class.
         target: What to wrap: a regex that must match a layer's whole path
             (its chain of names, as `adapter_summary` shows), a list of such,
             a layer class, a callable `layer -> bool` that is asked of each
@@ -60,6 +63,8 @@ def wrap_model(
             nothing at all.
         overrides: `{regex: {option: value}}` for single layers, later ones
             winning. Each must match a chosen layer.
+        svd_cache: A folder that keeps the kernels' singular factors for the
+            next time, for methods that start from them.
         **options: Go to the adapter's constructor, such as `rank=8`.
 
     Returns:
@@ -86,12 +91,16 @@ def wrap_model(
         target = adapter_class.default_target
     chosen = select(model, candidates, target, exclude)
     _check_chosen(model, chosen)
-    kept = _kept_places(model, candidates, trainable)
+    kept = kept_places(model, candidates, trainable)
     per_layer = _options_per_layer(chosen, options, overrides or {})
     requests = [
         (place, adapter_class, per_layer[place.path]) for place in chosen
     ]
-    wrap_places(model, requests, kept)
+
+    def prepare(adapters):
+        give_triplets(adapters, svd_cache)
+
+    wrap_places(model, requests, kept, prepare)
     return model
 
 
@@ -131,50 +140,6 @@ def merge_model(model: keras.Model) -> keras.Model:
     return model
 
 
-@contextlib.contextmanager
-def unwrapped(model: keras.Model) -> Iterator[keras.Model]:
-    """The plain base model for as long as the block lasts.
-
-    Inside, the very base layers are in place, so that plain checkpoints are
-    saved, loaded or exported. Not for training.
-
-    Raises:
-        ValueError: The model has no adapters.
-    """
-    adapters = require_adapters(model)
-    models = surgery.replace_layers(model, {a: a.layer for a in adapters})
-    for adapter in adapters:
-        adapter.release()
-    surgery.forget_compiled(models)
-    try:
-        yield model
-    finally:
-        models = surgery.replace_layers(model, {a.layer: a for a in adapters})
-        for adapter in adapters:
-            adapter.hold()
-        surgery.forget_compiled(models)
-
-
-@contextlib.contextmanager
-def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
-    """The base model's outputs for as long as the block lasts, no retrace.
-
-    Raises:
-        ValueError: The model has no adapters.
-    """
-    active = [a for a in require_adapters(model) if not a.disabled]
-    scales = [float(adapter.scale) for adapter in active]
-    for adapter in active:
-        adapter.scale.assign(0.0)
-        adapter.disabled = True
-    try:
-        yield model
-    finally:
-        for adapter, scale in zip(active, scales):
-            adapter.scale.assign(scale)
-            adapter.disabled = False
-
-
 def adapter_places(model: keras.Model) -> list[Place]:
     """The model's adapters and where they are."""
     found = places(model)
@@ -197,6 +162,7 @@ def wrap_places(
     model: keras.Model,
     requests: list[tuple[Place, type[AdapterLayer], dict]],
     kept: list[Place],
+    prepare: Callable[[list[AdapterLayer]], None] = give_triplets,
     fill: Callable[[list[AdapterLayer]], None] = lambda adapters: None,
 ) -> None:
     """Wraps chosen places, all or none.
@@ -205,16 +171,27 @@ def wrap_places(
         model: The model they are in.
         requests: For each place the adapter class and its options.
         kept: Places that stay trainable.
+        prepare: Called with the adapters before they are built.
         fill: Called with the built adapters before they are put in place.
     """
     flags = {id(x): surgery.trainable_flags(x) for x in _tree(model)}
     adapters = {}
     try:
         for place, adapter_class, options in requests:
-            adapters[place.layer] = _build_adapter(
-                place, adapter_class, options, adapters
-            )
-        fill(list(adapters.values()))
+            with _named(place):
+                adapters[place.layer] = adapter_class(place.layer, **options)
+        made = list(adapters.values())
+        prepare(made)
+        together = [*made, *(p.layer for p in adapter_places(model))]
+        for kind in {type(adapter) for adapter in made}:
+            kind.connect([a for a in together if type(a) is kind])
+        paths = collections.Counter()
+        for place, _, _ in requests:
+            with _named(place):
+                twin = paths[place.layer.path]
+                surgery.build_in_place(adapters[place.layer], twin)
+            paths[place.layer.path] += 1
+        fill(made)
         tree = _tree(model)
         models = surgery.replace_layers(model, adapters, renew_optimizers=True)
     except Exception:
@@ -228,14 +205,13 @@ def wrap_places(
     surgery.forget_compiled(models)
 
 
-def _build_adapter(place, adapter_class, options, others):
-    twins = sum(base.path == place.layer.path for base in others)
+@contextlib.contextmanager
+def _named(place):
+    """Says where an error happened."""
     try:
-        adapter = adapter_class(place.layer, **options)
-        surgery.build_in_place(adapter, twins)
+        yield
     except ValueError as error:
         raise ValueError(f"At '{place.path}': {error}") from error
-    return adapter
 
 
 def _take_off(model, adapters):
@@ -279,28 +255,6 @@ def _check_chosen(model, chosen):
             "weights yet. Call it on a batch or use `build(input_shape)`, "
             "then wrap."
         )
-
-
-def _kept_places(model, candidates, trainable):
-    if trainable is None:
-        return outside_backbone(model, candidates)
-    patterns = [trainable] if isinstance(trainable, str) else list(trainable)
-    kept = []
-    for pattern in patterns:
-        matched = match_paths(candidates, pattern)
-        if not matched:
-            raise ValueError(
-                f"trainable={pattern!r} matches no layer of model "
-                f"'{model.name}'. Layers here: {describe(candidates)}."
-            )
-        for place in matched:
-            inside = f"{place.path}/"
-            kept += [
-                other
-                for other in candidates
-                if other is place or other.path.startswith(inside)
-            ]
-    return kept
 
 
 def _options_per_layer(chosen, options, overrides):

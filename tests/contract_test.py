@@ -15,8 +15,16 @@ import pytest
 from keras import ops
 
 import keras_spectral as ks
+from keras_spectral.kernels import kernel_view
+from keras_spectral.surgery import own_variables
 
-KINDS = {"LoRADense": layer_cases.ALL, "ConvLoRA": layer_cases.PLAIN_CONV}
+KINDS = {
+    "LoRADense": layer_cases.ALL,
+    "ConvLoRA": layer_cases.PLAIN_CONV,
+    "SpectralDense": layer_cases.ALL,
+    "GatedSpectralDense": layer_cases.ALL,
+    "ConditionalSpectralDense": layer_cases.ALL,
+}
 
 
 def _lora_size(case, layer):
@@ -38,9 +46,23 @@ class Variant:
     size: Callable
     fits: Callable = lambda case: True
     exact_start: bool = True
+    merges: bool = True
 
-    def make(self, layer, **more):
-        return getattr(ks, self.adapter)(layer, **self.options, **more)
+    def make(self, layer):
+        cls = getattr(ks, self.adapter)
+        seed = {"seed": 3} if "seed" in cls.option_names() else {}
+        return cls(layer, **self.options, **seed)
+
+
+def _all_values(case, layer):
+    view = kernel_view(layer)
+    return min(view.n_in, view.n_out)
+
+
+def _conditional_size(case, layer):
+    rank, hidden, embedding = 2, 8, 3
+    inner = (rank + embedding) * hidden + hidden + hidden * rank + rank
+    return inner + embedding
 
 
 def _square_2d(case):
@@ -48,16 +70,19 @@ def _square_2d(case):
     return case.name in names
 
 
-_ONE_PER_VIEW = (
-    "dense",
-    "einsum_kernel_last",
-    "einsum_batched",
-    "conv_2d_strided",
-    "conv_2d_groups",
-    "conv_separable",
-    "conv_transpose",
-    "embedding",
-)
+def _one_per_view(case):
+    return case.name in (
+        "dense",
+        "einsum_kernel_last",
+        "einsum_batched",
+        "conv_2d_strided",
+        "conv_2d_groups",
+        "conv_separable",
+        "conv_transpose",
+        "embedding",
+    )
+
+
 VARIANTS = [
     Variant("LoRADense", "lora", {"rank": 2}, _lora_size),
     Variant(
@@ -72,7 +97,7 @@ VARIANTS = [
         "pissa",
         {"rank": 2, "initializer": "pissa"},
         _lora_size,
-        fits=lambda case: case.name in _ONE_PER_VIEW,
+        fits=_one_per_view,
         exact_start=False,
     ),
     Variant("ConvLoRA", "channel", {"rank": 2, "alpha": 4}, _lora_size),
@@ -83,6 +108,41 @@ VARIANTS = [
         _loralib_size,
         fits=_square_2d,
     ),
+    Variant("SpectralDense", "additive", {"rank": 2}, _lora_size),
+    Variant(
+        "SpectralDense",
+        "columns",
+        {"rank": 2, "columns": [2, 0]},
+        _lora_size,
+        fits=lambda case: case.name in ("dense", "conv_2d"),
+    ),
+    Variant(
+        "SpectralDense",
+        "rotate",
+        {"rank": 2, "mode": "rotate"},
+        lambda case, layer: 10,
+        fits=_one_per_view,
+    ),
+    Variant(
+        "SpectralDense",
+        "values",
+        {"mode": "values"},
+        _all_values,
+        fits=_one_per_view,
+    ),
+    Variant(
+        "GatedSpectralDense",
+        "gated",
+        {"directions": 2},
+        lambda case, layer: 2,
+    ),
+    Variant(
+        "ConditionalSpectralDense",
+        "conditional",
+        {"rank": 2, "hidden": 8, "embedding": 3, "alpha": 1.0},
+        _conditional_size,
+        merges=False,
+    ),
 ]
 PAIRS = [
     pytest.param(variant, case, id=f"{variant.name}-{case.name}")
@@ -91,6 +151,9 @@ PAIRS = [
     if variant.fits(case)
 ]
 CONTRACT = pytest.mark.parametrize(("variant", "case"), PAIRS)
+MERGING = pytest.mark.parametrize(
+    ("variant", "case"), [pair for pair in PAIRS if pair.values[0].merges]
+)
 
 
 def test_no_adapter_skips_the_contract():
@@ -167,7 +230,7 @@ def test_fit_moves_the_adapter_and_nothing_else(variant, case):
         assert np.abs(weight.numpy() - value).max() > 0, weight.path
 
 
-@CONTRACT
+@MERGING
 def test_disabled_unwrapped_and_merged(variant, case):
     model, adapter, _ = _wrapped(variant, case)
     base, values = adapter.layer, [w.numpy() for w in adapter.layer.weights]
@@ -200,7 +263,7 @@ def _kernel_name(adapter):
     return adapter.view.kernel_name
 
 
-@CONTRACT
+@MERGING
 def test_merge_model_gives_plain_layers_with_the_same_outputs(variant, case):
     model, adapter, _ = _wrapped(variant, case)
     _randomize(adapter)
@@ -210,7 +273,7 @@ def test_merge_model_gives_plain_layers_with_the_same_outputs(variant, case):
     _check_close(model(case.inputs()), adapted)
 
 
-@CONTRACT
+@MERGING
 def test_equals_its_formula(variant, case):
     """The output is the base's with `K + delta` for a kernel."""
     model, adapter, _ = _wrapped(variant, case)
@@ -224,27 +287,55 @@ def test_equals_its_formula(variant, case):
 
 def oracle(variant, adapter):
     """The added matrix, in numpy float64 from the method's own formula."""
-    a, b = (np.float64(_numpy(w)) for w in (adapter.lora_a, adapter.lora_b))
-    rank = variant.options["rank"]
-    alpha = variant.options.get("alpha", rank)
-    root = variant.options.get("scaling") == "rslora"
-    scale = alpha / np.sqrt(rank) if root else alpha / rank
-    if variant.options.get("factorization") == "loralib":
-        size, _, c_in, c_out = adapter.layer.kernel.shape
-        flat = (b @ a).reshape(-1)
-        kernel = np.zeros((size, size, c_in, c_out))
-        for i, j, c, o in np.ndindex(*kernel.shape):
-            kernel[i, j, c, o] = flat[((o * c_in + c) * size + i) * size + j]
-        return _numpy(adapter.view.to_matrix(np.float32(scale * kernel)))
-    delta = a @ b
+    own = own_variables(adapter)
+    weights = {w.name: np.float64(_numpy(w)) for w in own}
+    del weights["scale"]
+    if "u" in weights:
+        delta, scale = _spectral_oracle(variant, **weights), 1.0
+    else:
+        rank = variant.options["rank"]
+        alpha = variant.options.get("alpha", rank)
+        root = variant.options.get("scaling") == "rslora"
+        scale = alpha / np.sqrt(rank) if root else alpha / rank
+        if variant.options.get("factorization") == "loralib":
+            return _loralib_oracle(adapter, scale, **weights)
+        delta = weights["lora_a"] @ weights["lora_b"]
     if variant.options.get("initializer") == "pissa":
-        delta -= _numpy(adapter.start_a) @ _numpy(adapter.start_b)
+        delta -= weights["start_a"] @ weights["start_b"]
     groups = getattr(adapter.layer, "groups", 1)
-    blocks = np.kron(
-        np.eye(groups),
-        np.ones((a.shape[0] // groups, b.shape[1] // groups)),
-    )
+    rows, columns = delta.shape[0] // groups, delta.shape[1] // groups
+    blocks = np.kron(np.eye(groups), np.ones((rows, columns)))
     return np.float32(scale * delta * blocks)
+
+
+def _loralib_oracle(adapter, scale, lora_a, lora_b):
+    size, _, c_in, c_out = adapter.layer.kernel.shape
+    flat = (lora_b @ lora_a).reshape(-1)
+    kernel = np.zeros((size, size, c_in, c_out))
+    for i, j, c, o in np.ndindex(*kernel.shape):
+        kernel[i, j, c, o] = flat[((o * c_in + c) * size + i) * size + j]
+    return _numpy(adapter.view.to_matrix(np.float32(scale * kernel)))
+
+
+def _spectral_oracle(variant, u, s, v, **weights):
+    """K' - K; of K only the triplets u, s, v change."""
+    new_u, new_s, new_v = u, s, v
+    if "gates" in weights:
+        new_s = s * (1 + weights["gates"])
+    elif "delta_s" in weights:
+        new_s = np.maximum(s + weights["delta_s"], 0)
+    elif "delta_u" in weights:
+        new_u, new_v = u + weights["delta_u"], v + weights["delta_v"]
+    else:
+        new_u = u @ _rotation(weights["angles_u"])
+        new_v = v @ _rotation(weights["angles_v"])
+        new_s = s * weights["stretch"]
+    return new_u @ np.diag(new_s) @ new_v.T - u @ np.diag(s) @ v.T
+
+
+def _rotation(x):
+    z, eye = (x - x.T) / 2, np.eye(len(x))
+    return (eye - z) @ np.linalg.inv(eye + z)
 
 
 @CONTRACT
@@ -252,7 +343,7 @@ def test_hand_built_layer_round_trips_and_goes_on_learning(
     variant, case, tmp_path
 ):
     inputs = keras.Input(case.shape[1:], dtype="int32" if case.tokens else None)
-    adapter = variant.make(case.make(), seed=3)
+    adapter = variant.make(case.make())
     symbolic = adapter(inputs)
     model = keras.Model(inputs, symbolic)
     eager = model(case.inputs())
@@ -281,7 +372,13 @@ def test_mixed_bfloat16(variant, case):
     assert all(w.dtype == "float32" for w in adapter.trainable_weights)
     _randomize(adapter)
     outputs = model(case.inputs())
-    ks.merge_model(model)
+    if variant.merges:
+        ks.merge_model(model)
+    else:
+        with ks.adapters_disabled(model):
+            plain = model(case.inputs())
+        assert outputs.dtype == plain.dtype
+        return
     merged = model(case.inputs())
     assert outputs.dtype == merged.dtype
     expected = _numpy(merged)

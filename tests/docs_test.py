@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 
 import keras
@@ -31,4 +32,5 @@ def test_public_names_have_docstrings_and_examples():
     for name in keras_spectral.__all__:
         documented = getattr(keras_spectral, name)
         assert documented.__doc__, name
-        assert "Raises:" in documented.__doc__ or name == "adapter_summary"
+        silent = inspect.ismodule(documented) or name == "adapter_summary"
+        assert "Raises:" in documented.__doc__ or silent

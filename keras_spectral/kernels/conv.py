@@ -54,10 +54,20 @@ class ConvView(KernelView):
         return ops.reshape(matrix, (self.n_in, self.n_out))
 
     def from_matrix(self, matrix):
+        kernel = ops.swapaxes(self._blocks(matrix), 0, 1)
+        return ops.reshape(kernel, self.variable().shape)
+
+    def factor(self, matrix, rank):
+        """Each group's block has a pair of its own."""
+        a, b = super().factor(self._blocks(matrix), rank)
+        a = ops.reshape(a, (self.n_in, rank))
+        return a, ops.reshape(ops.swapaxes(b, 0, 1), (rank, self.n_out))
+
+    def _blocks(self, matrix):
+        """The diagonal blocks (groups, n_in / groups, n_out / groups)."""
         groups = self._groups
         blocks = ops.reshape(matrix, (groups, self.n_in // groups, groups, -1))
-        kernel = ops.einsum("gnho,gh->ngo", blocks, ops.eye(groups))
-        return ops.reshape(kernel, self.variable().shape)
+        return ops.einsum("gnho,gh->gno", blocks, ops.eye(groups))
 
     def convolve(self, inputs, kernel):
         layer = self.layer

@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_spectral.linalg import truncated_svd
+
 _PROBE_ROWS = 512
 
 
@@ -60,6 +62,12 @@ class KernelView:
         if self.quantized:
             return ops.cast(kernel, self.layer.compute_dtype)
         return ops.cast(kernel, self.variable().dtype)
+
+    def factor(self, matrix, rank):
+        """The pair A, B of rank `rank` whose product is nearest to a matrix."""
+        u, s, v = truncated_svd(matrix, rank)
+        root = ops.sqrt(s)[..., None, :]
+        return u * root, ops.swapaxes(v * root, -1, -2)
 
     def apply(self, inputs, a, b):
         """The thin product `x A B` on the layer's input."""

@@ -2,7 +2,18 @@
 
 from keras_spectral.layers.adapter import METHODS
 from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.conditional_spectral import ConditionalSpectralDense
 from keras_spectral.layers.conv_lora import ConvLoRA
+from keras_spectral.layers.gated_spectral import GatedSpectralDense
 from keras_spectral.layers.lora import LoRADense
+from keras_spectral.layers.spectral import SpectralDense
 
-__all__ = ["METHODS", "AdapterLayer", "ConvLoRA", "LoRADense"]
+__all__ = [
+    "METHODS",
+    "AdapterLayer",
+    "ConditionalSpectralDense",
+    "ConvLoRA",
+    "GatedSpectralDense",
+    "LoRADense",
+    "SpectralDense",
+]

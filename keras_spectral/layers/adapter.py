@@ -3,12 +3,15 @@
 import inspect
 import math
 import numbers
+import os
 
 import keras
 from keras import ops
 
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels import view_class_of
+from keras_spectral.spectra import Triplets
+from keras_spectral.spectra import factorize
 
 METHODS: dict[str, type["AdapterLayer"]] = {}
 
@@ -75,6 +78,7 @@ class AdapterLayer(keras.layers.Wrapper):
         self.supports_masking = layer.supports_masking
         self.disabled = False
         self._holding = False
+        self._triplets = None
 
     def build(self, input_shape=None):
         super().build(input_shape)
@@ -100,6 +104,38 @@ class AdapterLayer(keras.layers.Wrapper):
     def initial_scale(self):
         """What the correction is multiplied by."""
         return 1.0
+
+    @classmethod
+    def connect(cls, adapters: list["AdapterLayer"]):
+        """Gives new adapters of a model, beside its old ones, what they share.
+
+        It is called before the new ones are built.
+        """
+
+    @property
+    def shared(self) -> keras.layers.Layer | None:
+        """A layer that several adapters use; saved and counted once."""
+        return None
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether `factors` is a pair that is worth keeping as it is."""
+        return True
+
+    def triplets_needed(self, view) -> int:
+        """How many singular triplets of the kernel `build_adapter` takes."""
+        return 0
+
+    def give_triplets(self, triplets: Triplets):
+        """Factors made elsewhere, together with others or from a cache."""
+        self._triplets = triplets
+
+    def take_triplets(self, count: int) -> Triplets:
+        """The kernel's first singular triplets, given or made here."""
+        triplets, self._triplets = self._triplets, None
+        if triplets is None:
+            triplets = factorize([(self.view, count)])[0]
+        return triplets
 
     def call(self, inputs, training=None, **kwargs):
         outputs = self.layer(inputs, **kwargs)
@@ -236,6 +272,20 @@ class AdapterLayer(keras.layers.Wrapper):
         if view is not None and name == view.kernel_name:
             return view.kernel(self.view.matrix() + self.delta_matrix())
         return getattr(self.layer, name)
+
+
+def give_triplets(
+    adapters: list[AdapterLayer], svd_cache: str | os.PathLike | None = None
+) -> None:
+    """Factorises all the kernels that some adapters are going to need."""
+    requests = []
+    for adapter in adapters:
+        view = kernel_view(adapter.layer)
+        requests.append((adapter, view, adapter.triplets_needed(view)))
+    needing = [(a, view, count) for a, view, count in requests if count]
+    found = factorize([(view, count) for _, view, count in needing], svd_cache)
+    for (adapter, _, _), triplets in zip(needing, found):
+        adapter.give_triplets(triplets)
 
 
 def check_rank(rank, name="rank"):

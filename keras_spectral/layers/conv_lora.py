@@ -9,6 +9,7 @@ from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.lora import add_lora_factors
 from keras_spectral.layers.lora import lora_factors
 from keras_spectral.layers.lora import lora_scale
+from keras_spectral.layers.lora import lora_triplets_needed
 from keras_spectral.layers.lora import set_lora_options
 
 _CONVS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -86,6 +87,13 @@ class ConvLoRA(AdapterLayer):
         check_choice(factorization, "factorization", ("channel", "loralib"))
         _check_base(layer, factorization, initializer, dropout)
         self.factorization = factorization
+
+    @property
+    def is_low_rank(self):
+        return self.factorization == "channel"
+
+    def triplets_needed(self, view):
+        return lora_triplets_needed(self)
 
     def build_adapter(self):
         if self.factorization == "channel":

@@ -1,6 +1,5 @@
 """LoRA: a trained low-rank pair beside a frozen kernel."""
 
-import functools
 import math
 
 import keras
@@ -11,7 +10,6 @@ from keras_spectral.layers.adapter import check_choice
 from keras_spectral.layers.adapter import check_number
 from keras_spectral.layers.adapter import check_rank
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.linalg import truncated_svd
 
 
 @register_method("lora")
@@ -80,6 +78,9 @@ class LoRADense(AdapterLayer):
         super().__init__(layer, **kwargs)
         set_lora_options(self, rank, alpha, dropout, scaling, initializer, seed)
 
+    def triplets_needed(self, view):
+        return lora_triplets_needed(self)
+
     def build_adapter(self):
         add_lora_factors(self)
 
@@ -131,7 +132,7 @@ def add_lora_factors(adapter):
     a_start = keras.initializers.RandomUniform(-bound, bound, adapter.seed)
     b_start = "zeros"
     if adapter.initializer == "pissa":
-        a_start, b_start = _pissa_start(view, rank)
+        a_start, b_start = _pissa_start(adapter)
         _add_pair(adapter, "start_a", "start_b", a_start, b_start, False)
     _add_pair(adapter, "lora_a", "lora_b", a_start, b_start, True)
 
@@ -160,15 +161,16 @@ def _add_pair(adapter, a_name, b_name, a_start, b_start, trainable):
         setattr(adapter, name, variable)
 
 
-def _pissa_start(view, rank):
-    @functools.cache
-    def halves():
-        u, s, v = truncated_svd(view.matrix(), rank)
-        root = ops.sqrt(s)
-        return u * root, ops.transpose(v * root)
+def lora_triplets_needed(adapter):
+    return adapter.rank if adapter.initializer == "pissa" else 0
 
-    # Copies: two variables must not share one buffer.
+
+def _pissa_start(adapter):
+    u, s, v = map(ops.convert_to_tensor, adapter.take_triplets(adapter.rank))
+    root = ops.sqrt(s)
+
+    # Fresh tensors each time: two variables must not share one buffer.
     return (
-        lambda shape, dtype=None: ops.copy(halves()[0]),
-        lambda shape, dtype=None: ops.copy(halves()[1]),
+        lambda shape, dtype=None: u * root,
+        lambda shape, dtype=None: ops.transpose(v * root),
     )

@@ -4,17 +4,17 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 
 import keras
 import numpy as np
 import safetensors
-import safetensors.numpy
 
+from keras_spectral._files import write_safetensors
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.select import places
+from keras_spectral.spectra import Triplets
 from keras_spectral.surgery import own_variables
 from keras_spectral.wrap import require_adapters
 from keras_spectral.wrap import wrap_places
@@ -46,14 +46,7 @@ def save_adapters(model: keras.Model, path: str | os.PathLike) -> None:
     found = places(model)
     adapters = [p for p in found if isinstance(p.layer, AdapterLayer)]
     heads = [p for p in found if _trains_itself(p.layer)]
-    entries = [
-        {
-            "path": place.key,
-            "method": place.layer.method,
-            "options": place.layer.options(),
-        }
-        for place in adapters
-    ]
+    entries = _entries(adapters)
     metadata = {
         "format": _FORMAT,
         "format_version": str(_VERSION),
@@ -61,12 +54,9 @@ def save_adapters(model: keras.Model, path: str | os.PathLike) -> None:
         "trainable": json.dumps([place.key for place in heads]),
         "base": _fingerprint(found),
     }
-    tensors = {
-        name: _to_numpy(variable)
-        for place in (*adapters, *heads)
-        for name, variable in _named_weights(place).items()
-    }
-    _write(tensors, path, metadata)
+    named = _named_weights([*adapters, *heads])
+    tensors = {name: _to_numpy(variable) for name, variable in named.items()}
+    write_safetensors(tensors, path, metadata)
 
 
 def load_adapters(model: keras.Model, path: str | os.PathLike) -> keras.Model:
@@ -88,7 +78,17 @@ def load_adapters(model: keras.Model, path: str | os.PathLike) -> keras.Model:
             model, or has missing, unexpected or differently shaped tensors.
         FileNotFoundError: There is no such file.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_adapters(path)
+    return apply_adapters(model, tensors, metadata, path)
+
+
+def apply_adapters(
+    model: keras.Model,
+    tensors: dict[str, np.ndarray],
+    metadata: dict,
+    path: str | os.PathLike,
+) -> keras.Model:
+    """Does what `load_adapters` does with what `read_adapters` gave."""
     found = places(model)
     if metadata["base"] != _fingerprint(found):
         raise ValueError(
@@ -115,8 +115,30 @@ def load_adapters(model: keras.Model, path: str | os.PathLike) -> keras.Model:
         ]
         _fill([*made, *heads], tensors, path)
 
-    wrap_places(model, requests, heads, fill)
+    def prepare(adapters):
+        _give_placeholders(adapters)
+        _connect_as_saved(adapters, [e.get("shared") for e in entries])
+
+    wrap_places(model, requests, heads, prepare, fill)
     return model
+
+
+def _give_placeholders(adapters):
+    """Spares the work of factorising kernels whose factors the file has."""
+    for adapter in adapters:
+        view = kernel_view(adapter.layer)
+        count = adapter.triplets_needed(view)
+        if count:
+            shapes = ((view.n_in, count), (count,), (view.n_out, count))
+            zeros = (np.zeros(shape, "float32") for shape in shapes)
+            adapter.give_triplets(Triplets(*zeros))
+
+
+def _connect_as_saved(adapters, numbers):
+    """Lets those adapters share a layer that shared one in the file."""
+    for number in {n for n in numbers if n is not None}:
+        group = [a for a, n in zip(adapters, numbers) if n == number]
+        type(group[0]).connect(group)
 
 
 def _trains_itself(layer):
@@ -125,14 +147,49 @@ def _trains_itself(layer):
     )
 
 
-def _named_weights(place):
-    """A layer's own weights by name in the file, random state left out."""
+def _entries(adapters):
+    """What the file says of each adapter."""
+    numbers = _shared_numbers(adapters)
+    entries = []
+    for place in adapters:
+        layer = place.layer
+        entry = {
+            "path": place.key,
+            "method": layer.method,
+            "options": layer.options(),
+        }
+        if layer.shared is not None:
+            entry["shared"] = numbers[id(layer.shared)]
+        entries.append(entry)
+    return entries
+
+
+def _shared_numbers(found):
+    """Numbers the layers that adapters share, in the order of the places."""
+    numbers = {}
+    for place in found:
+        shared = getattr(place.layer, "shared", None)
+        if isinstance(place.layer, AdapterLayer) and shared is not None:
+            numbers.setdefault(id(shared), len(numbers))
+    return numbers
+
+
+def _named_weights(found):
+    """Layers' own weights by name in the file, random state left out."""
     named = {}
-    for variable in own_variables(place.layer):
-        name = f"{place.key}/{variable.name}"
-        while name in named:
-            name += "_"
-        named[name] = variable
+    numbers = _shared_numbers(found)
+    for place in found:
+        own = {}
+        for variable in own_variables(place.layer):
+            name = f"{place.key}/{variable.name}"
+            while name in own:
+                name += "_"
+            own[name] = variable
+        named |= own
+        if isinstance(place.layer, AdapterLayer) and place.layer.shared:
+            number = numbers[id(place.layer.shared)]
+            for variable in own_variables(place.layer.shared):
+                named[f"shared/{number}/{variable.name}"] = variable
     return named
 
 
@@ -157,19 +214,10 @@ def _fingerprint(found):
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def _write(tensors, path, metadata):
-    path = pathlib.Path(path)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        safetensors.numpy.save_file(tensors, part, metadata)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-
-
-def _read(path):
+def read_adapters(
+    path: str | os.PathLike,
+) -> tuple[dict[str, np.ndarray], dict]:
+    """The tensors of an adapter file and its checked, decoded metadata."""
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"There is no adapter file {path}.")
     try:
@@ -264,9 +312,7 @@ def _through_json(options):
 
 
 def _fill(targets, tensors, path):
-    variables = {}
-    for place in targets:
-        variables.update(_named_weights(place))
+    variables = _named_weights(targets)
     missing = sorted(variables.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - variables.keys())
     if missing or unexpected:

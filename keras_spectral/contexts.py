@@ -1,0 +1,84 @@
+"""A wrapped model as something else for a moment."""
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+
+from keras_spectral import surgery
+from keras_spectral.wrap import require_adapters
+
+
+@contextlib.contextmanager
+def unwrapped(model: keras.Model) -> Iterator[keras.Model]:
+    """The plain base model for as long as the block lasts.
+
+    Inside, the very base layers are in place, so that plain checkpoints are
+    saved, loaded or exported. Not for training.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    with _bases_in_place(model, require_adapters(model)):
+        yield model
+
+
+@contextlib.contextmanager
+def merged(model: keras.Model) -> Iterator[keras.Model]:
+    """The merged plain model for as long as the block lasts.
+
+    Inside, plain layers with the corrections folded in are in place, to be
+    saved, exported or timed. Afterwards the adapters are back and the base
+    kernels are bit for bit what they were. Not for training.
+
+    Raises:
+        ValueError: As `merge_model` does; nothing has changed then.
+    """
+    adapters = require_adapters(model)
+    for adapter in adapters:
+        adapter.merged_matrix()
+    kernels = [a.view.variable() for a in adapters]
+    values = [keras.ops.copy(kernel) for kernel in kernels]
+    try:
+        for adapter in adapters:
+            adapter.merge()
+        with _bases_in_place(model, adapters):
+            yield model
+    finally:
+        for kernel, value in zip(kernels, values):
+            kernel.assign(value)
+
+
+@contextlib.contextmanager
+def _bases_in_place(model, adapters):
+    models = surgery.replace_layers(model, {a: a.layer for a in adapters})
+    for adapter in adapters:
+        adapter.release()
+    surgery.forget_compiled(models)
+    try:
+        yield
+    finally:
+        models = surgery.replace_layers(model, {a.layer: a for a in adapters})
+        for adapter in adapters:
+            adapter.hold()
+        surgery.forget_compiled(models)
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
+    """The base model's outputs for as long as the block lasts, no retrace.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    active = [a for a in require_adapters(model) if not a.disabled]
+    scales = [float(adapter.scale) for adapter in active]
+    for adapter in active:
+        adapter.scale.assign(0.0)
+        adapter.disabled = True
+    try:
+        yield model
+    finally:
+        for adapter, scale in zip(active, scales):
+            adapter.scale.assign(scale)
+            adapter.disabled = False

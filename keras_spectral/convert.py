@@ -1,0 +1,180 @@
+"""One kind of adapter into another, on a wrapped model, in place."""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_spectral import surgery
+from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers import ConditionalSpectralDense
+from keras_spectral.layers import GatedSpectralDense
+from keras_spectral.layers import LoRADense
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.spectra import Triplets
+from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import require_adapters
+
+
+def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
+    """Turns every adapter into a LoRADense with the same correction.
+
+    Exact where the correction has a low rank of its own: SpectralDense
+    "additive" of rank r becomes LoRA of rank 2r, "rotate" of rank r,
+    GatedSpectralDense of its number of directions, PiSSA of rank 2r.
+    SpectralDense "values" and ConvLoRA "loralib" are truncated by SVD.
+
+    Args:
+        model: A wrapped model.
+        rank: What corrections that are not of low rank are truncated to;
+            the layer's largest rank where that is smaller.
+
+    Returns:
+        For each path the relative error of the correction in the Frobenius
+        norm: 0.0 where it was taken over as it is.
+
+    Raises:
+        ValueError: No adapters; they are switched off; a
+            ConditionalSpectralDense (use `freeze_gates` first). The model
+            is then as it was.
+
+    Example:
+
+    >>> import keras_spectral as ks
+    >>> model = keras.Sequential(
+    ...     [keras.Input((16,)), keras.layers.Dense(8, name="hidden")]
+    ... )
+    >>> model = ks.wrap_model(model, "spectral", target="hidden", rank=2)
+    >>> to_lora(model)
+    {'hidden': 0.0}
+    >>> model.layers[0].rank
+    4
+    """
+    check_rank(rank)
+    _require_active(require_adapters(model))
+    pairs, errors = {}, {}
+    for place in adapter_places(model):
+        pairs[place.layer], errors[place.path] = _lora_pair(place.layer, rank)
+
+    def make(old):
+        a, b = pairs[old]
+        new = LoRADense(old.layer, rank=a.shape[1])
+
+        def fill():
+            new.lora_a.assign(a)
+            new.lora_b.assign(b)
+
+        return new, fill
+
+    _exchange(model, list(pairs), make)
+    return errors
+
+
+def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
+    """Turns input-conditional gates into fixed ones, which merge.
+
+    Each ConditionalSpectralDense becomes a GatedSpectralDense on the same
+    directions, whose gates are `alpha` times the share of the dataset's
+    examples that open them.
+
+    Args:
+        model: A model wrapped with "conditional_spectral".
+        dataset: What `model.predict` takes: typical inputs.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: No such adapters, they are switched off, or no data.
+    """
+    old = [
+        adapter
+        for adapter in require_adapters(model)
+        if isinstance(adapter, ConditionalSpectralDense)
+    ]
+    if not old:
+        raise ValueError(
+            f"Model '{model.name}' has no ConditionalSpectralDense. Expected "
+            'a model wrapped with "conditional_spectral".'
+        )
+    _require_active(old)
+    for adapter in old:
+        adapter.reset_gates()
+    model.predict(dataset, verbose=0)
+    unseen = [a.name for a in old if not float(a.example_count)]
+    if unseen:
+        raise ValueError(
+            f"No example of the dataset reached the layers {unseen[:4]}. "
+            "Expected at least one batch of inputs that uses every layer."
+        )
+
+    def make(adapter):
+        new = GatedSpectralDense(adapter.layer, directions=adapter.rank)
+        new.give_triplets(Triplets(adapter.u, adapter.s, adapter.v))
+
+        def fill():
+            new.gates.assign(adapter.mean_gates() * adapter.scale)
+
+        return new, fill
+
+    _exchange(model, old, make)
+    return model
+
+
+def _lora_pair(adapter, rank):
+    """A, B with the scale in B, and their relative error."""
+    view = adapter.view
+    if adapter.is_low_rank:
+        a, b = adapter.factors()
+        if a.shape[1] <= view.max_rank:
+            return (a, b * adapter.scale), 0.0
+        rank = view.max_rank
+    wanted = adapter.delta_matrix()
+    a, b = view.factor(wanted, min(rank, view.max_rank))
+    missing = view.to_matrix(view.from_matrix(wanted - ops.matmul(a, b)))
+    size = ops.maximum(ops.norm(wanted), keras.config.epsilon())
+    return (a, b), float(ops.convert_to_numpy(ops.norm(missing) / size))
+
+
+def _require_active(adapters):
+    for adapter in adapters:
+        if adapter.disabled:
+            raise ValueError(
+                f"The adapter of layer '{adapter.name}' is switched off. "
+                "Expected an active one: leave the `adapters_disabled` block."
+            )
+
+
+def _exchange(
+    model: keras.Model,
+    adapters: list[AdapterLayer],
+    make: Callable[[AdapterLayer], tuple[AdapterLayer, Callable[[], None]]],
+) -> None:
+    """Puts a new adapter in the place of each old one, all or none.
+
+    Args:
+        model: The model they are in.
+        adapters: The old adapters.
+        make: Gives for an old adapter the new one, unbuilt, and what fills
+            it once it is built.
+    """
+    swaps, released = {}, []
+    paths: collections.Counter = collections.Counter()
+    try:
+        for old in adapters:
+            old.release()
+            released.append(old)
+            swaps[old], fill = make(old)
+            surgery.build_in_place(swaps[old], paths[old.layer.path])
+            paths[old.layer.path] += 1
+            fill()
+        models = surgery.replace_layers(model, swaps, renew_optimizers=True)
+    except Exception:
+        for new in swaps.values():
+            new.release()
+        for old in released:
+            old.hold()
+        raise
+    surgery.forget_compiled(models)

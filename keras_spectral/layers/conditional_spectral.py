@@ -1,0 +1,293 @@
+"""ConditionalSpectralDense: spectral gates chosen by the input itself."""
+
+import keras
+from keras import ops
+
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.gate_network import GateNetwork
+from keras_spectral.layers.spectral import add_triplets
+from keras_spectral.layers.spectral import check_columns_exist
+from keras_spectral.surgery import config_of_shared
+
+
+@register_method("conditional_spectral")
+class ConditionalSpectralDense(AdapterLayer):
+    """Spectral gates that open or close for each example.
+
+    `y = base(x) + alpha * x U diag(S g) V^T` with the kernel's first r
+    singular triplets and gates g (r), 0 or 1, of each example:
+
+    - context: the example's codes x U at its first token, or their mean over
+      its (unmasked) tokens, scaled to unit mean square: z (r);
+    - a hypernetwork that all layers of one `wrap_model` share, with an
+      embedding e of this layer: `logits = MLP([z, e])`;
+    - training: `p = sigmoid((logits + Gumbel noise) / temperature)`, gates
+      open where p > 1/2, with the gradient of p (straight through);
+    - inference: open where `logits > 0`, no noise.
+
+    `l0` times the expected number of open gates an example joins the loss:
+    a logit l opens with probability `1 - exp(-exp(l))`. Gates start closed,
+    so that the adapted model starts as the base; while training, a quarter
+    is open by chance. The hypernetwork and the embeddings are all that
+    trains.
+
+    It cannot be merged, because each example has a kernel of its own;
+    `freeze_gates` turns it into a GatedSpectralDense, which can.
+
+    Source: input-conditional spectral gates as described in this project's
+    notes (METHODS, section A); straight-through concrete gates: Maddison et
+    al. 2017, arXiv 1611.00712.
+
+    Args:
+        layer: The base layer; any kind that LoRADense takes, but none whose
+            table is used in both directions (ReversibleEmbedding).
+        rank: r, how many directions; equal for all layers that share a
+            hypernetwork.
+        alpha: How much an open gate stretches its direction.
+        context: `"first"` (token) or `"mean"` (over tokens or pixels).
+        temperature: Softness of the gates' gradient, above 0.
+        l0: Weight of the expected number of open gates, at least 0.
+        hidden: Width of the hypernetwork.
+        embedding: Size of the layer embedding.
+        network: A `GateNetwork` to share. `wrap_model` makes one; by hand,
+            None gives the layer one of its own.
+        seed: Integer seed of starts and noise.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the base takes, examples first.
+        training: Boolean, whether gates are drawn.
+        mask: Boolean (batch, tokens), True for tokens that count.
+
+    Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: A bad option; `rank` above min(n_in, n_out) or unlike the
+            network's; a base that no view covers.
+
+    Example:
+
+    >>> layer = ConditionalSpectralDense(keras.layers.Dense(64), rank=4)
+    >>> outputs = layer(keras.ops.ones((2, 10, 32)))
+    >>> [round(float(share), 2) for share in layer.mean_gates()]
+    [0.0, 0.0, 0.0, 0.0]
+    """
+
+    default_target = "all-linear"
+
+    def __init__(
+        self,
+        layer,
+        rank=8,
+        alpha=0.1,
+        context="first",
+        temperature=1.0,
+        l0=1e-3,
+        hidden=32,
+        embedding=8,
+        network=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        for name, value in (
+            ("rank", rank),
+            ("hidden", hidden),
+            ("embedding", embedding),
+        ):
+            check_rank(value, name)
+            setattr(self, name, int(value))
+        check_number(alpha, "alpha")
+        check_choice(context, "context", ("first", "mean"))
+        check_number(temperature, "temperature", 1e-6)
+        check_number(l0, "l0", 0)
+        if isinstance(layer, keras.layers.ReversibleEmbedding):
+            raise ValueError(
+                f"Layer '{layer.name}' is a ReversibleEmbedding. Expected a "
+                "layer that runs in one direction; use GatedSpectralDense."
+            )
+        if isinstance(network, dict):
+            network = keras.saving.deserialize_keras_object(network)
+        if network is not None:
+            check_network(self, network)
+        self.alpha = alpha
+        self.context = context
+        self.temperature = temperature
+        self.l0 = l0
+        self.network = network
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    @classmethod
+    def connect(cls, adapters):
+        lonely = [a for a in adapters if a.network is None]
+        given = [a.network for a in adapters if a.network is not None]
+        if not lonely:
+            return
+        network = given[0] if given else lonely[0].make_network()
+        for adapter in lonely:
+            check_network(adapter, network)
+            adapter.network = network
+
+    def make_network(self):
+        return GateNetwork(
+            self.rank,
+            self.hidden,
+            self.embedding,
+            self.seed,
+            name="gate_network",
+        )
+
+    @property
+    def shared(self):
+        return self.network
+
+    def triplets_needed(self, view):
+        check_columns_exist(self, view, range(self.rank))
+        return self.rank
+
+    def build_adapter(self):
+        add_triplets(self, range(self.triplets_needed(self.view)))
+        if self.network is None:
+            self.network = self.make_network()
+        if not self.network.built:
+            self.network.build()
+        self.layer_embedding = self.add_weight(
+            name="layer_embedding",
+            shape=(self.embedding,),
+            initializer=keras.initializers.RandomNormal(seed=self.seed),
+            dtype="float32",
+        )
+        # Running sums since `reset_gates`, for reports and `freeze_gates`.
+        self.open_counts, self.example_count = (
+            self.add_weight(
+                name=name,
+                shape=shape,
+                initializer="zeros",
+                trainable=False,
+                dtype="float32",
+            )
+            for name, shape in (
+                ("open_counts", (self.rank,)),
+                ("example_count", ()),
+            )
+        )
+
+    def initial_scale(self):
+        return self.alpha
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        outputs = self.layer(inputs, **kwargs)
+        codes = self.view.down(inputs, ops.cast(self.u, self.compute_dtype))
+        gates = self._gates(codes, mask, training)
+        strength = gates * (self.s * self.scale)
+        middle = [1] * (len(codes.shape) - 2)
+        strength = ops.reshape(strength, (-1, *middle, self.rank))
+        codes = codes * ops.cast(strength, codes.dtype)
+        v = ops.cast(ops.transpose(self.v), self.compute_dtype)
+        outputs = outputs + ops.cast(self.view.up(codes, v), outputs.dtype)
+        return self.finish(outputs)
+
+    def compute_output_spec(self, inputs, mask=None, **kwargs):
+        return super().compute_output_spec(inputs, **kwargs)
+
+    def _gates(self, codes, mask, training):
+        """Gates (batch, rank) of codes (batch, ..., rank)."""
+        context = self._context(ops.cast(codes, "float32"), mask)
+        size = ops.mean(ops.square(context), axis=-1, keepdims=True)
+        context = context / ops.sqrt(size + 1e-6)
+        embedding = ops.broadcast_to(
+            self.layer_embedding, (ops.shape(context)[0], self.embedding)
+        )
+        logits = self.network(ops.concatenate([context, embedding], axis=-1))
+        gates = ops.cast(logits > 0, "float32")
+        if training:
+            gates = self._draw(logits)
+            if self.l0:
+                opening = 1 - ops.exp(-ops.exp(logits))
+                expected = ops.mean(ops.sum(opening, axis=-1))
+                self.add_loss(self.l0 * expected)
+        self._count(ops.stop_gradient(gates))
+        return gates
+
+    def _draw(self, logits):
+        uniform = keras.random.uniform(
+            ops.shape(logits), 1e-6, 1 - 1e-6, seed=self.seed_generator
+        )
+        noise = -ops.log(-ops.log(uniform))
+        soft = ops.sigmoid((logits + noise) / self.temperature)
+        hard = ops.cast(soft > 0.5, soft.dtype)
+        return soft + ops.stop_gradient(hard - soft)
+
+    def _context(self, codes, mask):
+        middle = list(range(1, len(codes.shape) - 1))
+        if not middle:
+            return codes
+        if self.context == "first":
+            for _ in middle:
+                codes = codes[:, 0]
+            return codes
+        if mask is None or len(mask.shape) != len(middle) + 1:
+            return ops.mean(codes, axis=middle)
+        weights = ops.cast(mask, codes.dtype)[..., None]
+        total = ops.maximum(ops.sum(weights, axis=middle), 1.0)
+        return ops.sum(codes * weights, axis=middle) / total
+
+    def _count(self, gates):
+        self.open_counts.assign_add(ops.sum(gates, axis=0))
+        examples = ops.cast(ops.shape(gates)[0], "float32")
+        self.example_count.assign_add(examples)
+
+    def mean_gates(self):
+        """Share of examples that opened each gate since `reset_gates`."""
+        count = ops.convert_to_tensor(self.example_count)
+        return self.open_counts / ops.maximum(count, 1.0)
+
+    def active_gates(self) -> float:
+        """Mean number of open gates an example since `reset_gates`."""
+        return float(ops.sum(self.mean_gates()))
+
+    def reset_gates(self):
+        """Forgets which gates were open."""
+        self.open_counts.assign(ops.zeros(self.rank))
+        self.example_count.assign(0.0)
+
+    def factors(self):
+        raise ValueError(
+            f"Layer '{self.name}' has no fixed correction and cannot be "
+            "merged: its gates depend on the input, so each example has a "
+            "kernel of its own. Fix them first with "
+            "`freeze_gates(model, dataset)`."
+        )
+
+    def merged_matrix(self):
+        return self.factors()
+
+    def delta_matrix(self):
+        """The mean correction over the examples seen since `reset_gates`."""
+        strength = self.s * self.mean_gates() * self.scale
+        return ops.matmul(self.u * strength, ops.transpose(self.v))
+
+    @classmethod
+    def option_names(cls):
+        return [name for name in super().option_names() if name != "network"]
+
+    def get_config(self):
+        network = config_of_shared(self.network)
+        return {**super().get_config(), "network": network}
+
+
+def check_network(adapter, network):
+    """Raises unless the adapter can use a hypernetwork."""
+    wanted = (adapter.rank, adapter.embedding)
+    sizes = (network.rank, network.embedding)
+    if wanted != sizes:
+        raise ValueError(
+            f"Layer '{adapter.name}' has rank and embedding {wanted}, the "
+            f"hypernetwork that it shares {sizes}. Expected the same for all "
+            "layers that share one."
+        )

@@ -1,0 +1,183 @@
+"""SpectralDense: training in a kernel's singular directions."""
+
+import numbers
+
+from keras import ops
+
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.layers.adapter import register_method
+from keras_spectral.linalg import cayley
+
+_DEFAULT_RANK = 8
+
+
+@register_method("spectral")
+class SpectralDense(AdapterLayer):
+    """Spectral adapter: moves singular vectors or values of the kernel.
+
+    With the kernel's thin SVD `K = U diag(S) V^T`, the chosen triplets
+    U1 (n_in x r), S1 (r), V1 (n_out x r), and the others U2, S2, V2:
+
+    - `mode="additive"`: `K' = (U1 + dU) diag(S1) (V1 + dV)^T + U2 S2 V2^T`.
+      dU (n_in x r) and dV (n_out x r) start at zero; `r (n_in + n_out)`
+      weights, an update of rank up to 2r. As many weights as LoRA, and it
+      starts in the directions that the kernel uses most.
+    - `mode="rotate"`: `K' = [U1 Q(a), U2] diag(c S1, S2) [V1 Q(b), V2]^T`,
+      where Q is the Cayley map. a, b (r x r) start at zero, c (r) at one;
+      `2 r^2 + r` weights, whatever the layer's size.
+    - `mode="values"` (SVDiff): `K' = U diag(relu(S + d)) V^T`; d (r) starts
+      at zero; r weights, one for each singular value.
+
+    All run as `base(x)` plus thin products of x; no kernel is rebuilt. U1,
+    S1 and V1 are kept as frozen weights and saved with the adapter, because
+    trained numbers mean nothing without them. In a grouped convolution K is
+    block diagonal, and stays so: what an update puts outside of the blocks
+    is left out.
+
+    Source: additive and rotate: Zhang and Pilanci 2024, arXiv 2405.13952,
+    section 3; values: Han et al. 2023, arXiv 2303.11305, section 3.2.
+
+    Args:
+        layer: The base layer: any kind that LoRADense takes.
+        rank: How many triplets. Defaults to the length of `columns` if that
+            is a list, else to 8, for `mode="values"` to all.
+        mode: `"additive"`, `"rotate"` or `"values"`.
+        columns: Which triplets, largest singular value first: a number, the
+            first of `rank` consecutive ones, or a list of numbers. Adapters
+            on disjoint columns can be fused without loss (`fuse_adapters`).
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the base takes.
+        training: Boolean; changes nothing here.
+
+    Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: A bad option; a column beyond min(n_in, n_out); a base
+            that no view covers.
+
+    Example:
+
+    >>> layer = SpectralDense(keras.layers.Dense(64), rank=4, mode="rotate")
+    >>> outputs = layer(keras.ops.ones((2, 32)))
+    >>> [tuple(w.shape) for w in layer.trainable_weights]
+    [(4, 4), (4, 4), (4,)]
+    """
+
+    def __init__(self, layer, rank=None, mode="additive", columns=0, **kwargs):
+        super().__init__(layer, **kwargs)
+        check_choice(mode, "mode", ("additive", "rotate", "values"))
+        if rank is not None:
+            check_rank(rank)
+        self.rank = rank
+        self.mode = mode
+        self.columns = _check_columns(columns, rank)
+
+    @property
+    def is_low_rank(self):
+        return self.mode != "values"
+
+    def triplets_needed(self, view):
+        return max(self._column_list(view)) + 1
+
+    def build_adapter(self):
+        columns = self._column_list(self.view)
+        self.rank = len(columns)
+        add_triplets(self, columns)
+        shapes = {
+            "additive": {"delta_u": self.u.shape, "delta_v": self.v.shape},
+            "rotate": {
+                "angles_u": (self.rank, self.rank),
+                "angles_v": (self.rank, self.rank),
+                "stretch": (self.rank,),
+            },
+            "values": {"delta_s": (self.rank,)},
+        }
+        for name, shape in shapes[self.mode].items():
+            start = "ones" if name == "stretch" else "zeros"
+            variable = self.add_weight(
+                name=name, shape=shape, initializer=start, dtype="float32"
+            )
+            setattr(self, name, variable)
+
+    def factors(self):
+        if self.mode == "values":
+            change = ops.relu(self.s + self.delta_s) - self.s
+            return self.u, change[:, None] * ops.transpose(self.v)
+        if self.mode == "rotate":
+            stretched = cayley(self.angles_u) * (self.stretch * self.s)
+            core = ops.matmul(stretched, ops.transpose(cayley(self.angles_v)))
+            core = core - ops.diag(self.s)
+            return self.u, ops.matmul(core, ops.transpose(self.v))
+        # x U1 S1 dV^T + x dU S1 (V1 + dV)^T
+        a = ops.concatenate([self.u * self.s, self.delta_u * self.s], axis=1)
+        b = ops.concatenate([self.delta_v, self.v + self.delta_v], axis=1)
+        return a, ops.transpose(b)
+
+    def _column_list(self, view):
+        if isinstance(self.columns, list):
+            columns = self.columns
+        else:
+            rank = self.rank or _DEFAULT_RANK
+            if self.rank is None and self.mode == "values":
+                rank = min(view.n_in, view.n_out) - self.columns
+            columns = list(range(self.columns, self.columns + rank))
+        check_columns_exist(self, view, columns)
+        return columns
+
+
+def check_columns_exist(adapter, view, columns):
+    """Raises if the kernel has fewer singular values than asked for."""
+    known = min(view.n_in, view.n_out)
+    if not columns or max(columns) >= known:
+        options = adapter.options()
+        raise ValueError(
+            f"Received {options} for layer '{adapter.name}', whose kernel is "
+            f"{view.n_in} x {view.n_out} and so has {known} singular values. "
+            f"Expected columns 0 to {known - 1}; give this layer its own "
+            "options with `overrides`, or exclude it."
+        )
+
+
+def add_triplets(adapter, columns):
+    """Gives the adapter frozen singular triplets of its base: `u`, `s`, `v`.
+
+    `column_list` says which they are.
+    """
+    adapter.column_list = tuple(columns)
+    triplets = adapter.take_triplets(max(columns) + 1)
+    for name, values in triplets._asdict().items():
+        picked = ops.take(ops.convert_to_tensor(values), columns, axis=-1)
+        variable = adapter.add_weight(
+            name=name,
+            shape=picked.shape,
+            initializer=lambda shape, dtype=None, picked=picked: ops.cast(
+                picked, dtype
+            ),
+            trainable=False,
+            dtype="float32",
+        )
+        setattr(adapter, name, variable)
+
+
+def _check_columns(columns, rank):
+    if _is_column(columns):
+        return int(columns)
+    if isinstance(columns, list | tuple | range):
+        whole = [int(c) for c in columns if _is_column(c)]
+        distinct = len(set(whole)) == len(columns) > 0
+        if distinct and rank in (None, len(whole)):
+            return whole
+    raise ValueError(
+        f"Received columns={columns!r} with rank={rank!r}. Expected a whole "
+        "number of at least 0, or a list of different ones, as many as `rank` "
+        "where that is given."
+    )
+
+
+def _is_column(value):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and value >= 0

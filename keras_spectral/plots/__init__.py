@@ -1,0 +1,6 @@
+"""matplotlib pictures; each function returns the figure."""
+
+from keras_spectral.plots.spectra import plot_gates
+from keras_spectral.plots.spectra import plot_spectrum
+
+__all__ = ["plot_gates", "plot_spectrum"]

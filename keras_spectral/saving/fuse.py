@@ -1,0 +1,227 @@
+"""Several adapter files of one base, fused into one model."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_spectral.kernels import KernelView
+from keras_spectral.kernels import kernel_view
+from keras_spectral.layers import SpectralDense
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.saving.adapter_file import apply_adapters
+from keras_spectral.saving.adapter_file import load_adapters
+from keras_spectral.saving.adapter_file import read_adapters
+from keras_spectral.select import places
+from keras_spectral.surgery import own_variables
+from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import unwrap_model
+
+_SAME = 1e-3  # relative difference of factors of one base
+
+
+def fuse_adapters(
+    model: keras.Model,
+    files: Sequence[str | os.PathLike],
+    weights: Sequence[float] | None = None,
+    method: str = "columns",
+) -> keras.Model:
+    """Fuses adapters that were trained apart on one base.
+
+    `method="columns"`, for SpectralDense "additive": the column updates of
+    all files are added on one singular value decomposition,
+    `dU = sum w_i dU_i` and `dV = sum w_i dV_i`, each at the columns that its
+    file trained. The model is then wrapped with one SpectralDense a layer.
+    On disjoint columns, with weights of 1, each keeps its own directions.
+
+    `method="average"`, for every adapter that merges (FedAvg): each adapted
+    kernel becomes `sum w_i K_i / sum w_i`, in a plain model without
+    adapters. A file without an adapter at a layer counts with the base's
+    kernel there.
+
+    Layers that trained beside the adapters (heads) become the average in
+    both, with weights `w_i / sum w_i`.
+
+    Source: Zhang and Pilanci 2024, arXiv 2405.13952, section 4.2; averaging:
+    McMahan et al. 2017, arXiv 1602.05629.
+
+    Args:
+        model: The base that all were trained on, without adapters.
+        files: Adapter files of `save_adapters`.
+        weights: One number for each file. Defaults to 1 for each.
+        method: `"columns"` or `"average"`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: Fewer than one file, bad weights, files of another base
+            or of methods that do not fuse so. The model is then as it was.
+        FileNotFoundError: There is no such file.
+    """
+    check_choice(method, "method", ("columns", "average"))
+    weights = _check_weights(files, weights)
+    if adapter_places(model):
+        raise ValueError(
+            f"Model '{model.name}' has adapters. Expected the plain base: "
+            "unwrap or merge it first."
+        )
+    contents = [read_adapters(file) for file in files]
+    heads = [metadata["trainable"] for _, metadata in contents]
+    for file, (_, metadata), names in zip(files, contents, heads):
+        if metadata["base"] != contents[0][1]["base"] or names != heads[0]:
+            raise ValueError(
+                f"{file} and {files[0]} were saved from different models or "
+                "with different trained layers. Expected adapters of one base."
+            )
+    for file, content in zip(files, contents):
+        _check_spectral_base(model, content, file)
+    if method == "average":
+        return _average(model, files, weights, heads[0])
+    fused = _fused_columns(files, contents, weights)
+    return apply_adapters(model, *fused, " and ".join(map(str, files)))
+
+
+def _check_weights(files, weights):
+    if isinstance(files, str | os.PathLike) or not len(files):
+        raise ValueError(
+            f"Received files={files!r}. Expected a list of adapter files."
+        )
+    weights = [1.0] * len(files) if weights is None else list(weights)
+    for weight in weights:
+        check_number(weight, "weights")
+    if len(weights) != len(files) or not sum(weights) > 0:
+        raise ValueError(
+            f"Received weights={weights} for {len(files)} files. Expected as "
+            "many numbers, with a sum above zero."
+        )
+    return weights
+
+
+def _fused_columns(files, contents, weights):
+    """Tensors and metadata of the file that holds the sum of updates."""
+    tensors: dict[str, np.ndarray] = {}
+    columns: dict[str, dict[int, tuple]] = {}
+    for file, (given, metadata), weight in zip(files, contents, weights):
+        for entry in metadata["adapters"]:
+            key, options = entry["path"], entry["options"]
+            if (entry["method"], options.get("mode")) != (
+                SpectralDense.method,
+                "additive",
+            ):
+                raise ValueError(
+                    f"{file} has method {entry['method']!r} "
+                    f"(mode {options.get('mode')!r}) at '{key}'. Expected "
+                    "SpectralDense in mode 'additive'; other adapters fuse "
+                    "with method='average'."
+                )
+            parts = [
+                _tensor(given, f"{key}/{name}", file)
+                for name in ("u", "s", "v", "delta_u", "delta_v")
+            ]
+            listed = _column_list(options)
+            _add_columns(columns.setdefault(key, {}), listed, parts, weight)
+        share = weight / sum(weights)
+        for name in given:
+            if name.rsplit("/", 1)[0] in metadata["trainable"]:
+                tensors[name] = tensors.get(name, 0) + share * given[name]
+    entries = []
+    for key, found in columns.items():
+        order = sorted(found)
+        names = ("u", "s", "v", "delta_u", "delta_v")
+        for name, values in zip(names, zip(*(found[c] for c in order))):
+            tensors[f"{key}/{name}"] = np.stack(values, axis=-1)
+        tensors[f"{key}/scale"] = np.float32(1.0)
+        options = {"rank": len(order), "mode": "additive", "columns": order}
+        entry = {"path": key, "method": SpectralDense.method}
+        entries.append({**entry, "options": options})
+    metadata = {**contents[0][1], "adapters": entries}
+    tensors = {k: np.asarray(v, "float32") for k, v in tensors.items()}
+    return tensors, metadata
+
+
+def _column_list(options):
+    columns = options["columns"]
+    if isinstance(columns, list):
+        return columns
+    return list(range(columns, columns + options["rank"]))
+
+
+def _add_columns(found, columns, parts, weight):
+    u, s, v, delta_u, delta_v = parts
+    for i, column in enumerate(columns):
+        change = [weight * delta_u[:, i], weight * delta_v[:, i]]
+        if column in found:
+            # Another run may have found the same direction with other signs.
+            old = found[column]
+            sign = np.sign(np.sum(old[0] * u[:, i]))
+            change = [old[3] + sign * change[0], old[4] + sign * change[1]]
+            found[column] = (*old[:3], *change)
+        else:
+            found[column] = (u[:, i], s[i], v[:, i], *change)
+
+
+def _tensor(tensors, name, file):
+    if name not in tensors:
+        raise ValueError(f"{file} lacks the tensor '{name}'.")
+    return tensors[name]
+
+
+def _check_spectral_base(model, content, file):
+    """Singular triplets belong to a kernel if K^T U = V S."""
+    tensors, metadata = content
+    by_key = {place.key: place for place in places(model)}
+    for entry in metadata["adapters"]:
+        key = entry["path"]
+        names = [f"{key}/{name}" for name in ("u", "s", "v")]
+        if key not in by_key or not all(name in tensors for name in names):
+            continue  # not spectral; loading says what is wrong with it
+        u, s, v = (tensors[name] for name in names)
+        matrix = kernel_view(by_key[key].layer).matrix()
+        got = ops.convert_to_numpy(ops.matmul(ops.transpose(matrix), u))
+        if np.abs(got - v * s).max() > _SAME * np.abs(s).max():
+            raise ValueError(
+                f"{file} was trained on another base: its singular directions "
+                f"at '{key}' are not those of model '{model.name}'. Load the "
+                "base's own weights into the model first."
+            )
+
+
+def _average(model, files, weights, heads):
+    """Loads one file after the other and adds up what they change."""
+    trained = [
+        variable
+        for place in places(model)
+        if place.key in heads
+        for variable in own_variables(place.layer)
+    ]
+    start = [ops.copy(variable) for variable in trained]
+    averages = [ops.zeros_like(value) for value in start]
+    changes: dict[KernelView, Any] = {}
+    views: dict[int, KernelView] = {}
+    try:
+        for file, weight in zip(files, weights):
+            share = weight / sum(weights)
+            load_adapters(model, file)
+            for place in adapter_places(model):
+                adapter = place.layer
+                view = views.setdefault(id(adapter.layer), adapter.view)
+                change = adapter.merged_matrix() - view.matrix()
+                changes[view] = changes.get(view, 0.0) + share * change
+            averages = [a + share * v for a, v in zip(averages, trained)]
+            unwrap_model(model)
+    except Exception:
+        if adapter_places(model):
+            unwrap_model(model)
+        for variable, value in zip(trained, start):
+            variable.assign(value)
+        raise
+    for view, change in changes.items():
+        view.assign(view.matrix() + change)
+    for variable, value in zip(trained, averages):
+        variable.assign(value)
+    return model

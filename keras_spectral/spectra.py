@@ -1,0 +1,155 @@
+"""Singular triplets of many kernels: together, with progress, cached."""
+
+import hashlib
+import os
+import pathlib
+import time
+from collections.abc import Iterable
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from keras import ops
+from rich.console import Console
+from rich.progress import Progress
+
+from keras_spectral._files import write_safetensors
+from keras_spectral.kernels.view import KernelView
+from keras_spectral.linalg import randomized_svd
+from keras_spectral.linalg import truncated_svd
+
+_SHOW_AFTER = 2.0  # seconds
+_TOGETHER = 2**23  # numbers in one batch of kernels
+_EXACT_BELOW = 128
+
+
+class Triplets(NamedTuple):
+    """The first singular triplets of a kernel, `K ~ U diag(S) V^T`."""
+
+    u: Any
+    s: Any
+    v: Any
+
+
+def factorize(
+    requests: Iterable[tuple[KernelView, int]],
+    svd_cache: str | os.PathLike | None = None,
+) -> list[Triplets]:
+    """The first singular triplets of each kernel.
+
+    Kernels of one shape are factorised together as far as memory allows. A
+    progress bar appears when the work takes over 2 seconds.
+
+    Args:
+        requests: Pairs of a kernel's view and how many triplets it needs.
+        svd_cache: A folder that keeps the factors between runs, one
+            safetensors file for each kernel, named by a hash of its numbers.
+            It is made if it is not there; a damaged file is made anew.
+
+    Returns:
+        The triplets, in the order of the requests.
+    """
+    requests = list(requests)
+    cache = _Cache(svd_cache) if svd_cache is not None else None
+    found: dict[int, Triplets] = {}
+    with _LateProgress(len(requests)) as progress:
+        for batch in _batches(requests):
+            count = requests[batch[0]][1]
+            kernels = {i: requests[i][0].matrix() for i in batch}
+            if cache is not None:
+                known = {i: cache.get(kernels[i], count) for i in batch}
+                found |= {i: t for i, t in known.items() if t is not None}
+            missing = [i for i in batch if i not in found]
+            if missing:
+                stack = ops.stack([kernels[i] for i in missing])
+                factors = leading_triplets(stack, count)
+                found |= {
+                    i: Triplets(*(f[n] for f in factors))
+                    for n, i in enumerate(missing)
+                }
+            if cache is not None:
+                for i in missing:
+                    cache.put(kernels[i], count, found[i])
+            progress.advance(len(batch))
+    return [found[i] for i in range(len(requests))]
+
+
+def leading_triplets(matrix: Any, count: int) -> Triplets:
+    """Exact for small matrices or many triplets, else randomized.
+
+    Args:
+        matrix: Tensor (..., n_in, n_out).
+        count: How many triplets.
+    """
+    smaller = min(matrix.shape[-2:])
+    if smaller < _EXACT_BELOW or 4 * (2 * count + 8) > smaller:
+        return Triplets(*truncated_svd(matrix, count))
+    return Triplets(*randomized_svd(matrix, count)[:3])
+
+
+def _batches(requests):
+    """Numbers of requests of equal shape and count, in handy portions."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (view, count) in enumerate(requests):
+        groups.setdefault((view.n_in, view.n_out, count), []).append(i)
+    for (n_in, n_out, _), group in groups.items():
+        size = max(1, _TOGETHER // (n_in * n_out))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+class _LateProgress:
+    """A progress bar that shows only where work takes long."""
+
+    def __init__(self, total):
+        self.bar = Progress(transient=True, console=Console(stderr=True))
+        self.task = self.bar.add_task("factorising kernels", total=total)
+        self.start = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def advance(self, count):
+        self.bar.advance(self.task, count)
+        late = time.monotonic() - self.start > _SHOW_AFTER
+        if late and not self.bar.live.is_started:
+            self.bar.start()
+
+    def __exit__(self, *error):
+        if self.bar.live.is_started:
+            self.bar.stop()
+
+
+class _Cache:
+    """Factors on disk; the name is a hash of the kernel and the count."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, kernel, count):
+        path = self._path(kernel, count)
+        try:
+            tensors = safetensors.numpy.load_file(path)
+            triplets = Triplets(*(tensors[name] for name in Triplets._fields))
+        except FileNotFoundError:
+            return None
+        except (safetensors.SafetensorError, KeyError):
+            return None
+        n_in, n_out = kernel.shape
+        shapes = [(n_in, count), (count,), (n_out, count)]
+        return triplets if [t.shape for t in triplets] == shapes else None
+
+    def put(self, kernel, count, triplets):
+        tensors = {
+            name: np.ascontiguousarray(ops.convert_to_numpy(value))
+            for name, value in triplets._asdict().items()
+        }
+        write_safetensors(tensors, self._path(kernel, count))
+
+    def _path(self, kernel, count):
+        numbers = np.ascontiguousarray(ops.convert_to_numpy(kernel))
+        digest = hashlib.sha256(f"{numbers.shape} {count} 1".encode())
+        digest.update(numbers.tobytes())
+        return self.folder / f"{digest.hexdigest()}.safetensors"

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_spectral.linalg import cayley
+from keras_spectral.linalg import randomized_svd
+from keras_spectral.linalg import truncated_svd
+
+
+def _matrix(values, n_in=60, n_out=90, seed=0):
+    rng = np.random.default_rng(seed)
+    u, _ = np.linalg.qr(rng.normal(size=(n_in, len(values))))
+    v, _ = np.linalg.qr(rng.normal(size=(n_out, len(values))))
+    return ((u * values) @ v.T).astype("float32"), u, v
+
+
+def _largest_sine(u, true):
+    u = np.float64(ops.convert_to_numpy(u))
+    rest = u - true @ (true.T @ u)
+    return np.linalg.norm(rest, 2)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
+def test_randomized_finds_the_leading_subspace(decay, shape):
+    values = np.arange(1, 301) ** -decay
+    matrix, u, v = _matrix(values, *shape)
+    got_u, got_s, got_v, error = randomized_svd(matrix, 8)
+    assert got_u.shape == (shape[0], 8) and got_v.shape == (shape[1], 8)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(got_s), values[:8], rtol=1e-4
+    )
+    sine = _largest_sine(got_u, u[:, :8])
+    assert sine < 1e-3
+    assert sine / 3 <= float(error) < 1e-2 or sine < 1e-5
+
+
+def test_randomized_agrees_with_exact_and_is_repeatable():
+    matrix, _, _ = _matrix(0.7 ** np.arange(60))
+    exact = truncated_svd(matrix, 5)
+    found = randomized_svd(matrix, 5)
+    again = randomized_svd(matrix, 5)
+    for a, b, c in zip(exact, found, again):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(a), ops.convert_to_numpy(b), atol=2e-4
+        )
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(b), ops.convert_to_numpy(c)
+        )
+
+
+def test_error_is_honest_where_the_spectrum_is_flat():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(300, 300)).astype("float32")
+    u, s, v, error = randomized_svd(matrix, 8, max_iterations=2)
+    assert float(error) > 0.1
+    # Whatever the error, these are right singular vectors of their own u.
+    product = ops.convert_to_numpy(ops.matmul(matrix.T, u))
+    np.testing.assert_allclose(
+        product, ops.convert_to_numpy(v * s), atol=1e-3 * float(s[0])
+    )
+
+
+def test_batches_equal_single_matrices_and_signs_are_fixed():
+    stack = np.stack([_matrix(0.6 ** np.arange(60), seed=i)[0] for i in (1, 2)])
+    for function in (truncated_svd, randomized_svd):
+        together = function(stack, 4)
+        for i in range(2):
+            for part, single in zip(together, function(stack[i], 4)):
+                np.testing.assert_allclose(
+                    ops.convert_to_numpy(part[i]),
+                    ops.convert_to_numpy(single),
+                    atol=1e-4,
+                )
+        u = ops.convert_to_numpy(together[0])
+        largest = np.abs(u).argmax(axis=-2)
+        assert (np.take_along_axis(u, largest[:, None], axis=-2) > 0).all()
+
+
+@pytest.mark.parametrize("function", [truncated_svd, randomized_svd])
+def test_half_precision_is_factorised_in_float32(function):
+    matrix, _, _ = _matrix(0.6 ** np.arange(60))
+    u, s, v, *_ = function(ops.cast(matrix, "bfloat16"), 3)
+    assert u.dtype == s.dtype == v.dtype or str(u.dtype).endswith("float32")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(s), 0.6 ** np.arange(3), rtol=0.02
+    )
+
+
+def test_rank_beyond_the_rank_of_the_matrix():
+    matrix, _, _ = _matrix(np.array([2.0, 1.0]), 200, 200)
+    u, s, v, _ = randomized_svd(matrix, 4)
+    assert np.isfinite(ops.convert_to_numpy(u)).all()
+    np.testing.assert_allclose(ops.convert_to_numpy(s), [2, 1, 0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_cayley_is_a_rotation_even_of_large_angles(size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 50, (size, size)).astype("float32")
+    q = np.float64(ops.convert_to_numpy(cayley(x)))
+    np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-4)
+    z = np.float64(x - x.T) / 2
+    expected = (np.eye(size) - z) @ np.linalg.inv(np.eye(size) + z)
+    np.testing.assert_allclose(q, expected, atol=1e-4)
+
+
+def test_cayley_of_zero_is_exactly_one():
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(cayley(np.zeros((3, 3), "float32"))), np.eye(3)
+    )

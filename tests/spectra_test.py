@@ -1,0 +1,100 @@
+import keras
+import numpy as np
+from keras import ops
+
+import keras_spectral as ks
+from keras_spectral import spectra
+from keras_spectral.kernels import kernel_view
+
+
+def _views(*shapes):
+    views = []
+    for n_in, n_out in shapes:
+        layer = keras.layers.Dense(n_out)
+        layer.build((None, n_in))
+        views.append(kernel_view(layer))
+    return views
+
+
+def _check(view, triplets, count):
+    kernel = ops.convert_to_numpy(view.matrix())
+    values = np.linalg.svd(kernel, compute_uv=False)[:count]
+    u, s, v = map(ops.convert_to_numpy, triplets)
+    np.testing.assert_allclose(s, values, rtol=1e-4)
+    np.testing.assert_allclose(kernel @ v, u * s, atol=1e-4)
+
+
+def test_mixed_shapes_and_counts_come_back_in_order(monkeypatch):
+    monkeypatch.setattr(spectra, "_TOGETHER", 150)  # two kernels at a time
+    views = _views((9, 8), (5, 6), (9, 8), (9, 8), (9, 8))
+    counts = [3, 5, 3, 2, 3]
+    found = spectra.factorize(zip(views, counts))
+    for view, count, triplets in zip(views, counts, found):
+        assert triplets.u.shape == (view.n_in, count)
+        _check(view, triplets, count)
+
+
+def test_cache_is_used_and_survives_damage(tmp_path, monkeypatch):
+    views = _views((9, 8), (5, 6))
+    requests = [(view, 2) for view in views]
+    folder = tmp_path / "new" / "cache"
+    spectra.factorize(requests, folder)
+    files = sorted(folder.iterdir())
+    assert len(files) == 2 and all(f.suffix == ".safetensors" for f in files)
+
+    def refuse(matrix, count):
+        raise AssertionError("factorised again")
+
+    real = spectra.leading_triplets
+    monkeypatch.setattr(spectra, "leading_triplets", refuse)
+    for view, triplets in zip(views, spectra.factorize(requests, folder)):
+        _check(view, triplets, 2)
+    monkeypatch.setattr(spectra, "leading_triplets", real)
+    files[0].write_bytes(b"no safetensors")
+    for view, triplets in zip(views, spectra.factorize(requests, folder)):
+        _check(view, triplets, 2)
+    assert files[0].read_bytes() != b"no safetensors"
+    views[0].layer.kernel.assign(2 * views[0].layer.kernel)
+    spectra.factorize(requests, folder)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_wrap_model_uses_the_cache(tmp_path):
+    def wrapped():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(8)])
+        return ks.wrap_model(
+            model,
+            "spectral",
+            target=keras.layers.Dense,
+            rank=2,
+            svd_cache=tmp_path,
+        )
+
+    first, second = wrapped().layers[0], wrapped().layers[0]
+    np.testing.assert_array_equal(first.u.numpy(), second.u.numpy())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_loading_a_file_does_not_factorise_again(tmp_path, monkeypatch):
+    model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(8)])
+    ks.wrap_model(model, "spectral", target=keras.layers.Dense, rank=2)
+    u = model.layers[0].u.numpy()
+    ks.save_adapters(model, tmp_path / "a.safetensors")
+    ks.unwrap_model(model)
+    monkeypatch.setattr(spectra, "leading_triplets", None)
+    ks.load_adapters(model, tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(model.layers[0].u.numpy(), u)
+
+
+def test_progress_bar_shows_on_long_work_only(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        spectra.Progress, "start", lambda self: started.append(1)
+    )
+    requests = [(view, 2) for view in _views((9, 8), (5, 6))]
+    spectra.factorize(requests)
+    assert not started
+    monkeypatch.setattr(spectra, "_SHOW_AFTER", -1.0)
+    spectra.factorize(requests)
+    assert started
