@@ -106,7 +106,9 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
         import keras_spectral as ks
 
         target = "attention" if case == "minilm" else keras.layers.Dense
-        options = {"rank": RANK} | ({"alpha": RANK} if variant == "lora" else {})
+        options = {"rank": RANK} | (
+            {"alpha": RANK} if variant == "lora" else {}
+        )
         ks.wrap_model(model, variant, target=target, trainable=[], **options)
     loss = (
         keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -135,12 +135,14 @@ VARIANTS = [
         "gated",
         {"directions": 2},
         lambda case, layer: 2,
+        fits=_one_per_view,
     ),
     Variant(
         "ConditionalSpectralDense",
         "conditional",
         {"rank": 2, "hidden": 8, "embedding": 3, "alpha": 1.0},
         _conditional_size,
+        fits=_one_per_view,
         merges=False,
     ),
 ]

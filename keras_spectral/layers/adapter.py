@@ -90,12 +90,16 @@ class AdapterLayer(keras.layers.Wrapper):
                 shape=(),
                 initializer=keras.initializers.Constant(self.initial_scale()),
                 trainable=False,
-                dtype="float32",
             )
             self.build_adapter()
         except Exception:
             self.release()
             raise
+
+    def add_weight(self, *args, **kwargs):
+        """Adapter weights are float32 and stay so in `call`."""
+        wide = {"dtype": "float32", "autocast": False}
+        return super().add_weight(*args, **{**wide, **kwargs})
 
     def build_adapter(self):
         """Creates the method's weights; `self.view` knows the shapes."""

@@ -140,6 +140,7 @@ class ConditionalSpectralDense(AdapterLayer):
             self.embedding,
             self.seed,
             name="gate_network",
+            dtype="float32",
         )
 
     @property
@@ -160,7 +161,6 @@ class ConditionalSpectralDense(AdapterLayer):
             name="layer_embedding",
             shape=(self.embedding,),
             initializer=keras.initializers.RandomNormal(seed=self.seed),
-            dtype="float32",
         )
         # Running sums since `reset_gates`, for reports and `freeze_gates`.
         self.open_counts, self.example_count = (
@@ -169,7 +169,6 @@ class ConditionalSpectralDense(AdapterLayer):
                 shape=shape,
                 initializer="zeros",
                 trainable=False,
-                dtype="float32",
             )
             for name, shape in (
                 ("open_counts", (self.rank,)),

@@ -114,13 +114,11 @@ class ConvLoRA(AdapterLayer):
             initializer=keras.initializers.RandomUniform(
                 -bound, bound, self.seed
             ),
-            dtype="float32",
         )
         self.lora_b = self.add_weight(
             name="lora_b",
             shape=(c_out * size, self.rank * size),
             initializer="zeros",
-            dtype="float32",
         )
 
     def initial_scale(self):

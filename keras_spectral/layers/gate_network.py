@@ -45,7 +45,6 @@ class GateNetwork(keras.layers.Layer):
                 name=name,
                 shape=shape,
                 initializer=initializer,
-                dtype="float32",
             )
             setattr(self, name, variable)
 

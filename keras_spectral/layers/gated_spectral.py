@@ -80,7 +80,6 @@ class GatedSpectralDense(AdapterLayer):
             shape=(self.directions,),
             initializer="zeros",
             regularizer=keras.regularizers.L1(self.l1) if self.l1 else None,
-            dtype="float32",
         )
 
     def factors(self):

@@ -156,7 +156,6 @@ def _add_pair(adapter, a_name, b_name, a_start, b_start, trainable):
             shape=shape,
             initializer=start,
             trainable=trainable,
-            dtype="float32",
         )
         setattr(adapter, name, variable)
 

@@ -99,7 +99,7 @@ class SpectralDense(AdapterLayer):
         for name, shape in shapes[self.mode].items():
             start = "ones" if name == "stretch" else "zeros"
             variable = self.add_weight(
-                name=name, shape=shape, initializer=start, dtype="float32"
+                name=name, shape=shape, initializer=start
             )
             setattr(self, name, variable)
 
@@ -158,7 +158,6 @@ def add_triplets(adapter, columns):
                 picked, dtype
             ),
             trainable=False,
-            dtype="float32",
         )
         setattr(adapter, name, variable)
 
