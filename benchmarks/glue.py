@@ -332,7 +332,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", help="folder of TSV files")
     add("--target", default="attention", help="preset word or regex")
     add("--rank", type=int, default=8, help="0: leave it to the method")
-    add("--alpha", type=float, default=16, help="0: leave it to the method")
+    add("--alpha", type=float, help="default: 16 for LoRA, else the method's")
     add("--dropout", type=float, default=0.0)
     add(
         "--option",
@@ -355,6 +355,8 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.lr = args.lr or (5e-5 if args.method == "full" else 1e-3)
+    if args.alpha is None and args.method in ("lora", "conv_lora"):
+        args.alpha = 16
     args.length = args.length or MAX_LENGTH[args.task]
     return args
 

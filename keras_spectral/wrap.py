@@ -93,6 +93,7 @@ def wrap_model(
     _check_chosen(model, chosen)
     kept = kept_places(model, candidates, trainable)
     per_layer = _options_per_layer(chosen, options, overrides or {})
+    _check_options(adapter_class, per_layer)
     requests = [
         (place, adapter_class, per_layer[place.path]) for place in chosen
     ]
@@ -269,6 +270,17 @@ def _options_per_layer(chosen, options, overrides):
         for place in matched:
             per_layer[place.path].update(changes)
     return per_layer
+
+
+def _check_options(adapter_class, per_layer):
+    known = [*adapter_class.option_names(), "dtype"]
+    for path, options in per_layer.items():
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise ValueError(
+                f"At '{path}': {adapter_class.__name__} has no option "
+                f"{', '.join(unknown)}. Its options: {', '.join(known)}."
+            )
 
 
 def _tree(model):

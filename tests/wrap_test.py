@@ -598,3 +598,14 @@ def test_summary_counts(capsys):
     assert rows["head"].method is None and rows["head"].trainable == 51
     assert summary.trainable == 2 * (8 + 16) + 51
     assert summary.total == model.count_params()
+
+
+def test_an_unknown_option_names_the_known_ones():
+    model = _mlp()
+    with pytest.raises(ValueError, match="'first'.*no option alpha.*columns"):
+        ks.wrap_model(model, "spectral", target="first", alpha=16)
+    with pytest.raises(ValueError, match="no option rnak"):
+        ks.wrap_model(
+            model, "lora", target="first", overrides={"first": {"rnak": 2}}
+        )
+    assert isinstance(model.layers[0], layers.Dense)
