@@ -2,6 +2,7 @@
 
 from keras_spectral import callbacks
 from keras_spectral import plots
+from keras_spectral.contexts import adapters_alone
 from keras_spectral.contexts import adapters_disabled
 from keras_spectral.contexts import merged
 from keras_spectral.contexts import unwrapped
@@ -10,6 +11,7 @@ from keras_spectral.convert import to_lora
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
+from keras_spectral.layers import DecayingLoRA
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
 from keras_spectral.layers import SpectralDense
@@ -27,10 +29,12 @@ __all__ = [
     "AdapterLayer",
     "ConditionalSpectralDense",
     "ConvLoRA",
+    "DecayingLoRA",
     "GatedSpectralDense",
     "LoRADense",
     "SpectralDense",
     "adapter_summary",
+    "adapters_alone",
     "adapters_disabled",
     "callbacks",
     "freeze_gates",

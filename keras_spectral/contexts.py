@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import keras
 
 from keras_spectral import surgery
+from keras_spectral.layers import DecayingLoRA
 from keras_spectral.wrap import require_adapters
 
 
@@ -82,3 +83,32 @@ def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
         for adapter, scale in zip(active, scales):
             adapter.scale.assign(scale)
             adapter.disabled = False
+
+
+@contextlib.contextmanager
+def adapters_alone(model: keras.Model) -> Iterator[keras.Model]:
+    """What the DecayingLoRA pairs do without their originals, no retrace.
+
+    For as long as the block lasts, inference leaves the originals out.
+
+    Raises:
+        ValueError: The model has no DecayingLoRA.
+    """
+    adapters = [
+        adapter
+        for adapter in require_adapters(model)
+        if isinstance(adapter, DecayingLoRA)
+    ]
+    if not adapters:
+        raise ValueError(
+            f"Model '{model.name}' has no DecayingLoRA. Expected one wrapped "
+            'with "decaying_lora".'
+        )
+    before = [float(adapter.alone) for adapter in adapters]
+    for adapter in adapters:
+        adapter.alone.assign(1.0)
+    try:
+        yield model
+    finally:
+        for adapter, value in zip(adapters, before):
+            adapter.alone.assign(value)

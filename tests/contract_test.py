@@ -21,6 +21,7 @@ from keras_spectral.surgery import own_variables
 KINDS = {
     "LoRADense": layer_cases.ALL,
     "ConvLoRA": layer_cases.PLAIN_CONV,
+    "DecayingLoRA": layer_cases.ALL,
     "SpectralDense": layer_cases.ALL,
     "GatedSpectralDense": layer_cases.ALL,
     "ConditionalSpectralDense": layer_cases.ALL,
@@ -46,6 +47,7 @@ class Variant:
     size: Callable
     fits: Callable = lambda case: True
     exact_start: bool = True
+    starts_as_base: bool = True
     merges: bool = True
 
     def make(self, layer):
@@ -107,6 +109,28 @@ VARIANTS = [
         {"rank": 2, "factorization": "loralib"},
         _loralib_size,
         fits=_square_2d,
+    ),
+    Variant(
+        "DecayingLoRA",
+        "decaying",
+        {"rank": 2, "alpha": 3, "end_step": 4},
+        _lora_size,
+        exact_start=False,
+    ),
+    Variant(
+        "DecayingLoRA",
+        "decaying_bias",
+        {
+            "rank": 2,
+            "end_step": 4,
+            "schedule": "cosine",
+            "min_decay": 0.1,
+            "residual": "full",
+            "decay_bias": True,
+        },
+        _lora_size,
+        fits=_one_per_view,
+        starts_as_base=False,
     ),
     Variant("SpectralDense", "additive", {"rank": 2}, _lora_size),
     Variant(
@@ -191,6 +215,8 @@ def _randomize(adapter):
     rng = np.random.default_rng(5)
     for weight in adapter.trainable_weights:
         weight.assign(weight + rng.normal(0, 0.3, weight.shape))
+    if isinstance(adapter, ks.DecayingLoRA):
+        adapter.step.assign(2)  # half of the way
 
 
 def _numpy(x):
@@ -212,7 +238,8 @@ def test_starts_as_the_base_with_the_right_count(variant, case):
     with ks.unwrapped(model):
         expected = model(case.inputs())
     error = np.abs(_numpy(got) - _numpy(expected)).max()
-    assert error <= (0.0 if variant.exact_start else 1e-5)
+    allowed = 0.0 if variant.exact_start else 1e-5
+    assert (error <= allowed) == variant.starts_as_base
     count = sum(np.prod(w.shape) for w in model.trainable_weights)
     assert count == variant.size(case, base)
     assert not base.trainable_weights
@@ -284,6 +311,9 @@ def test_equals_its_formula(variant, case):
     matrix = _numpy(adapter.view.matrix()) + oracle(variant, adapter)
     ks.unwrap_model(model)
     adapter.view.assign(matrix)
+    bias = getattr(adapter.layer, "bias", None)
+    if variant.options.get("decay_bias") and bias is not None:
+        bias.assign(bias * 0.55)
     _check_close(got, model(case.inputs()))
 
 
@@ -302,12 +332,28 @@ def oracle(variant, adapter):
         if variant.options.get("factorization") == "loralib":
             return _loralib_oracle(adapter, scale, **weights)
         delta = weights["lora_a"] @ weights["lora_b"]
+    if variant.adapter == "DecayingLoRA":
+        return _decaying_oracle(variant, adapter, scale, delta, weights)
     if variant.options.get("initializer") == "pissa":
         delta -= weights["start_a"] @ weights["start_b"]
+    return np.float32(scale * delta * _blocks(adapter, delta.shape))
+
+
+def _blocks(adapter, shape):
+    """Ones where a grouped convolution has weights."""
     groups = getattr(adapter.layer, "groups", 1)
-    rows, columns = delta.shape[0] // groups, delta.shape[1] // groups
-    blocks = np.kron(np.eye(groups), np.ones((rows, columns)))
-    return np.float32(scale * delta * blocks)
+    ones = np.ones((shape[0] // groups, shape[1] // groups))
+    return np.kron(np.eye(groups), ones)
+
+
+def _decaying_oracle(variant, adapter, scale, delta, weights):
+    share, low = 0.5, variant.options.get("min_decay", 0.0)
+    decay = 1 - (1 - low) * share  # of the cosine as well, half of the way
+    kernel = np.float64(_numpy(adapter.view.matrix()))
+    if "start_a" in weights:
+        delta = delta - decay * (weights["start_a"] @ weights["start_b"])
+    delta = scale * delta * _blocks(adapter, delta.shape)
+    return np.float32(delta - (1 - decay) * kernel)
 
 
 def _loralib_oracle(adapter, scale, lora_a, lora_b):

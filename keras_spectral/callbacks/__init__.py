@@ -1,5 +1,6 @@
 """What must see the training loop."""
 
 from keras_spectral.callbacks.gate_monitor import GateMonitor
+from keras_spectral.callbacks.transfer_monitor import TransferMonitor
 
-__all__ = ["GateMonitor"]
+__all__ = ["GateMonitor", "TransferMonitor"]

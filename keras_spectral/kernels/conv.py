@@ -86,14 +86,11 @@ class ConvView(KernelView):
             data_format=layer.data_format,
         )
 
-    def add_bias(self, outputs):
-        """The layer's own bias on the output of `convolve`."""
-        if self.layer.bias is None:
-            return outputs
-        bias = ops.cast(self.layer.bias, outputs.dtype)
-        if self.layer.data_format == "channels_first":
+    def bias(self, outputs):
+        bias = super().bias(outputs)
+        if bias is not None and self.layer.data_format == "channels_first":
             bias = ops.reshape(bias, (-1, *[1] * (len(outputs.shape) - 2)))
-        return outputs + bias
+        return bias
 
     def _channels_last(self, x):
         if self.layer.data_format == "channels_last":

@@ -81,6 +81,11 @@ class KernelView:
         """Applies B (r x n_out) to codes: the layer's output shape."""
         raise NotImplementedError
 
+    def bias(self, outputs):
+        """The layer's bias in a shape to add to outputs; None without one."""
+        bias = getattr(self.layer, "bias", None)
+        return None if bias is None else ops.cast(bias, outputs.dtype)
+
     def _sizes(self):
         raise NotImplementedError
 

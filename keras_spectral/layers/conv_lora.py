@@ -130,7 +130,8 @@ class ConvLoRA(AdapterLayer):
         kernel = ops.cast(self.layer.kernel, self.compute_dtype)
         kernel = kernel + ops.cast(self._delta_kernel(), self.compute_dtype)
         outputs = self.view.convolve(inputs, kernel)
-        return self.finish(self.view.add_bias(outputs))
+        bias = self.view.bias(outputs)
+        return self.finish(outputs if bias is None else outputs + bias)
 
     def factors(self):
         return lora_factors(self)

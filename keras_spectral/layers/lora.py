@@ -118,8 +118,8 @@ def lora_scale(rank, alpha, scaling):
     return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
 
 
-def add_lora_factors(adapter):
-    """Gives the adapter `lora_a`, `lora_b` and, for PiSSA, their start."""
+def check_max_rank(adapter):
+    """Raises if the adapter's rank is too large for its kernel."""
     view, rank = adapter.view, adapter.rank
     if rank > view.max_rank:
         raise ValueError(
@@ -128,13 +128,18 @@ def add_lora_factors(adapter):
             f"{view.max_rank}; give this layer its own rank with `overrides`, "
             "or exclude it."
         )
-    bound = math.sqrt(1 / view.fan_in)
+
+
+def add_lora_factors(adapter):
+    """Gives the adapter `lora_a`, `lora_b` and, for PiSSA, their start."""
+    check_max_rank(adapter)
+    bound = math.sqrt(1 / adapter.view.fan_in)
     a_start = keras.initializers.RandomUniform(-bound, bound, adapter.seed)
     b_start = "zeros"
     if adapter.initializer == "pissa":
         a_start, b_start = _pissa_start(adapter)
-        _add_pair(adapter, "start_a", "start_b", a_start, b_start, False)
-    _add_pair(adapter, "lora_a", "lora_b", a_start, b_start, True)
+        add_pair(adapter, "start_a", "start_b", a_start, b_start, False)
+    add_pair(adapter, "lora_a", "lora_b", a_start, b_start, True)
 
 
 def lora_factors(adapter):
@@ -145,7 +150,8 @@ def lora_factors(adapter):
     return a, b
 
 
-def _add_pair(adapter, a_name, b_name, a_start, b_start, trainable):
+def add_pair(adapter, a_name, b_name, a_start, b_start, trainable):
+    """Gives the adapter a pair A (n_in x rank), B (rank x n_out)."""
     rank, view = adapter.rank, adapter.view
     for name, shape, start in (
         (a_name, (view.n_in, rank), a_start),

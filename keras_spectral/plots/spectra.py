@@ -7,6 +7,7 @@ from keras import ops
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.linalg import truncated_svd
+from keras_spectral.plots.axes import new_axes
 from keras_spectral.select import describe
 from keras_spectral.select import match_paths
 from keras_spectral.wrap import adapter_places
@@ -43,7 +44,7 @@ def plot_spectrum(model: keras.Model, path: str, ax=None):
     matrix = adapter.view.matrix()
     before = _singular_values(matrix)
     after = _singular_values(matrix + adapter.delta_matrix())
-    figure, ax = _axes(ax, (7, 3.5))
+    figure, ax = new_axes(ax, (7, 3.5))
     trained = getattr(adapter, "column_list", [])
     shown = min(len(before), max(_MOST_SHOWN, 2 * max(trained, default=0)))
     for i, column in enumerate(c for c in trained if c < shown):
@@ -94,7 +95,7 @@ def plot_gates(model: keras.Model, ax=None):
     table = np.full((len(rows), width), np.nan)
     for i, values in enumerate(rows.values()):
         table[i, : len(values)] = values
-    figure, ax = _axes(ax, (3 + 0.3 * width, 1 + 0.22 * len(rows)))
+    figure, ax = new_axes(ax, (3 + 0.3 * width, 1 + 0.22 * len(rows)))
     limit = max(np.nanmax(np.abs(table)), 1e-12)
     image = ax.imshow(
         table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
@@ -104,19 +105,6 @@ def plot_gates(model: keras.Model, ax=None):
     ax.set_xlabel("direction, largest singular value first")
     ax.figure.colorbar(image, ax=ax, label="gate")
     return figure
-
-
-def _axes(ax, size):
-    if ax is not None:
-        return ax.figure, ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Pictures need matplotlib: pip install keras-spectral[plots]."
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
 
 
 def _singular_values(matrix):

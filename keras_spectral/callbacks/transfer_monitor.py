@@ -1,0 +1,104 @@
+"""TransferMonitor: how far low-rank pairs have taken over, epoch by epoch."""
+
+import warnings
+from typing import Any
+
+import keras
+
+from keras_spectral.contexts import adapters_alone
+from keras_spectral.layers import DecayingLoRA
+from keras_spectral.wrap import adapter_places
+
+
+class TransferMonitor(keras.callbacks.Callback):
+    """Evaluates the pairs of DecayingLoRA without their originals.
+
+    At the end of each epoch the logs of `fit` gain `decay`, the mean factor
+    of the originals, and with `validation_data` the loss and every metric of
+    the pairs alone as `val_adapter_loss`, `val_adapter_accuracy` and so on,
+    and, where `fit` has no validation data of its own, of original and pair
+    together as `val_loss` and so on. At the end of training it warns if the
+    factor never moved. `plots.plot_transfer` draws the curves.
+
+    Args:
+        validation_data: What `model.evaluate` takes as first argument, or a
+            tuple `(x, y)` or `(x, y, sample_weight)`.
+        batch_size: For arrays.
+
+    Raises:
+        ValueError: At the start of training, if the model has no
+            DecayingLoRA.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_spectral as ks
+    >>> layer = ks.DecayingLoRA(keras.layers.Dense(4), rank=2, end_step=2)
+    >>> model = keras.Sequential([keras.Input((3,)), layer])
+    >>> model.compile("sgd", "mse")
+    >>> data = np.ones((2, 3)), np.ones((2, 4))
+    >>> history = model.fit(
+    ...     *data, epochs=3, verbose=0,
+    ...     callbacks=[ks.callbacks.TransferMonitor(data)],
+    ... ).history
+    >>> sorted(history), history["decay"]
+    (['decay', 'loss', 'val_adapter_loss', 'val_loss'], [0.5, 0.0, 0.0])
+    """
+
+    def __init__(
+        self, validation_data: Any = None, batch_size: int | None = None
+    ):
+        super().__init__()
+        self.validation_data = validation_data
+        self.batch_size = batch_size
+
+    def on_train_begin(self, logs=None):
+        if not self._adapters():
+            raise ValueError(
+                f"Model '{self.model.name}' has no DecayingLoRA. Expected one "
+                'wrapped with "decaying_lora".'
+            )
+        self._start = self._decay()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is None:
+            return
+        logs["decay"] = self._decay()
+        if self.validation_data is None:
+            return
+        if not any(name.startswith("val_") for name in logs):
+            logs.update(self._evaluate("val_"))
+        with adapters_alone(self.model):
+            logs.update(self._evaluate("val_adapter_"))
+
+    def on_train_end(self, logs=None):
+        adapters = self._adapters()
+        ended = all(a.decay_factor() <= a.min_decay for a in adapters)
+        if self._decay() == self._start and not ended:
+            begin = min(adapter.start_step for adapter in adapters)
+            warnings.warn(
+                "The originals of DecayingLoRA did not fade: their factor is "
+                f"still {self._start:g} after {int(adapters[0].step)} "
+                f"training steps, and the decay begins at start_step={begin}.",
+                stacklevel=2,
+            )
+
+    def _adapters(self):
+        found = adapter_places(self.model)
+        return [p.layer for p in found if isinstance(p.layer, DecayingLoRA)]
+
+    def _decay(self):
+        factors = [adapter.decay_factor() for adapter in self._adapters()]
+        return sum(factors) / len(factors)
+
+    def _evaluate(self, prefix):
+        data = self.validation_data
+        arrays = data if isinstance(data, tuple) else (data,)
+        names = ("x", "y", "sample_weight")
+        results = self.model.evaluate(
+            **dict(zip(names, arrays)),
+            batch_size=self.batch_size,
+            verbose=0,
+            return_dict=True,
+        )
+        return {prefix + name: value for name, value in results.items()}

@@ -1,0 +1,274 @@
+"""DecayingLoRA: a low-rank pair takes over while the original fades."""
+
+import math
+import numbers
+
+import keras
+from keras import ops
+
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.lora import add_pair
+from keras_spectral.layers.lora import check_max_rank
+
+_SMALLEST = 1e-3  # where an exponential decay to 0 is cut off
+
+
+@register_method("decaying_lora")
+class DecayingLoRA(AdapterLayer):
+    """Weight transfer: `y = d(t) base(x) + (alpha / rank) x A B`.
+
+    The factor d falls from 1 at `start_step` to `min_decay` at `end_step`,
+    counted in training steps (calls with `training=True`) inside the layer.
+    So the pair A (n_in x rank), B (rank x n_out) slowly takes over the
+    layer's whole work, and the original kernel can be thrown away: what is
+    left is a factorised layer with `rank (n_in + n_out)` weights. The base's
+    bias stays, unless `decay_bias`.
+
+    With `initializer="svd"` the pair starts as the kernel's own truncated
+    SVD. `residual="truncated"` then lets only the rest of the kernel fade,
+    `y = d (base(x) - s x A0 B0) + s x A B`, so the adapted layer starts as
+    the base exactly; `residual="full"` fades the whole kernel beside the
+    pair, and starts from `base(x) + s x A0 B0`.
+
+    Use it to make a model smaller while it trains. Merging folds `d K + s A
+    B` into the kernel, whatever d is at the time.
+
+    Source: the decaying-original experiments of this project's founders
+    (METHODS, section A); the SVD start after PiSSA, arXiv 2404.02948.
+
+    Args:
+        layer: The base layer: any kind that LoRADense takes.
+        rank: Columns of A, 1 to min(n_in, n_out).
+        alpha: Strength of the pair; `s = alpha / rank`. Defaults to `rank`.
+        start_step: Training step at which the decay begins, at least 0.
+        end_step: Training step at which it ends, after `start_step`.
+        min_decay: What d ends at, 0 <= min_decay <= 1.
+        schedule: `"linear"`, `"cosine"` or `"exponential"`. An exponential
+            decay to 0 falls to 1e-3 and then drops to 0.
+        initializer: `"svd"`, `"fan_in"` (A uniform in +-sqrt(1/n_in), B in
+            +-sqrt(1/rank)) or `"zeros"` (B zero; A alone trains slowly once
+            the original is gone).
+        residual: `"truncated"` or `"full"`; the same but for
+            `initializer="svd"`.
+        inference: What `training=False` returns: `"current"`, the sum as it
+            is now, or `"adapter"`, the pair without the original.
+        decay_bias: Whether the base's bias fades as well.
+        seed: Integer seed of the start.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the base takes.
+        training: Boolean; True counts as one step. A layer that a model
+            calls twice in a step counts twice.
+
+    Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: A bad option; a rank above the kernel's smaller dimension;
+            a base that no view covers, or a ReversibleEmbedding.
+
+    Example:
+
+    >>> layer = DecayingLoRA(keras.layers.Dense(8), rank=4, end_step=2)
+    >>> layer.build((None, 16))
+    >>> factors = []
+    >>> for _ in range(3):
+    ...     factors.append(layer.decay_factor())
+    ...     outputs = layer(keras.ops.ones((2, 16)), training=True)
+    >>> factors
+    [1.0, 0.5, 0.0]
+    """
+
+    default_target = "all-linear"
+
+    def __init__(
+        self,
+        layer,
+        rank=8,
+        alpha=None,
+        start_step=0,
+        end_step=1000,
+        min_decay=0.0,
+        schedule="linear",
+        initializer="svd",
+        residual="truncated",
+        inference="current",
+        decay_bias=False,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        check_rank(rank)
+        if alpha is not None:
+            check_number(alpha, "alpha")
+        if alpha == 0:
+            raise ValueError(
+                "Received alpha=0. Expected a number that is not 0: the pair "
+                "has to do the layer's work."
+            )
+        _check_steps(start_step, end_step)
+        check_number(min_decay, "min_decay", 0, 1 + 1e-9)
+        check_choice(schedule, "schedule", tuple(_SCHEDULES))
+        check_choice(initializer, "initializer", ("svd", "fan_in", "zeros"))
+        check_choice(residual, "residual", ("truncated", "full"))
+        check_choice(inference, "inference", ("current", "adapter"))
+        if isinstance(layer, keras.layers.ReversibleEmbedding):
+            raise ValueError(
+                f"Layer '{layer.name}' is a ReversibleEmbedding. Expected a "
+                "layer that runs in one direction."
+            )
+        self.rank = int(rank)
+        self.alpha = self.rank if alpha is None else alpha
+        self.start_step = int(start_step)
+        self.end_step = int(end_step)
+        self.min_decay = min_decay
+        self.schedule = schedule
+        self.initializer = initializer
+        self.residual = residual
+        self.inference = inference
+        self.decay_bias = bool(decay_bias)
+        self.seed = seed
+
+    @property
+    def is_low_rank(self):
+        return False
+
+    def triplets_needed(self, view):
+        return self.rank if self.initializer == "svd" else 0
+
+    def build_adapter(self):
+        check_max_rank(self)
+        a_start, b_start = self._start()
+        self._keeps_start = (
+            self.initializer == "svd" and self.residual == "truncated"
+        )
+        if self._keeps_start:
+            add_pair(self, "start_a", "start_b", a_start, b_start, False)
+        add_pair(self, "lora_a", "lora_b", a_start, b_start, True)
+        self.step = self.add_weight(
+            name="step",
+            shape=(),
+            initializer="zeros",
+            trainable=False,
+            dtype="int32",
+        )
+        alone = float(self.inference == "adapter")
+        self.alone = self.add_weight(
+            name="alone",
+            shape=(),
+            initializer=keras.initializers.Constant(alone),
+            trainable=False,
+        )
+
+    def initial_scale(self):
+        return self.alpha / self.rank
+
+    def call(self, inputs, training=None, **kwargs):
+        decay = self._decay(training)
+        if training:
+            self.step.assign_add(1)
+        outputs = self.layer(inputs, **kwargs)
+        factor = ops.cast(decay, outputs.dtype)
+        faded = outputs * factor
+        bias = self.view.bias(outputs)
+        if bias is not None and not self.decay_bias:
+            faded = faded + bias * (1 - factor)
+        a, b = self._pair(decay)
+        a, b = (ops.cast(x, self.compute_dtype) for x in (a, b))
+        delta = self.view.apply(inputs, a, b, **kwargs)
+        return self.finish(faded + ops.cast(delta, outputs.dtype), **kwargs)
+
+    def decay_factor(self) -> float:
+        """What the original is multiplied by in the next training step."""
+        return float(self._schedule())
+
+    def delta_matrix(self):
+        decay = self._decay(False)
+        a, b = self._pair(decay)
+        return ops.matmul(a, b) - (1 - decay) * self.view.matrix()
+
+    def factors(self):
+        """The pair alone, without what fades."""
+        return self.lora_a, self.lora_b
+
+    def merge(self):
+        matrix, decay = self.merged_matrix(), self._decay(False)
+        self.view.assign(matrix)
+        bias = getattr(self.layer, "bias", None)
+        if self.decay_bias and bias is not None:
+            bias.assign(bias * decay)
+
+    def _pair(self, decay):
+        """A and B in full strength, the fading start included."""
+        b = self.lora_b * self.scale
+        if not self._keeps_start:
+            return self.lora_a, b
+        a = ops.concatenate([self.lora_a, self.start_a], axis=1)
+        faded = self.start_b * (-decay * self.scale)
+        return a, ops.concatenate([b, faded], axis=0)
+
+    def _schedule(self):
+        length = self.end_step - self.start_step
+        step = ops.cast(self.step, "float32") - self.start_step
+        share = ops.clip(step / length, 0.0, 1.0)
+        factor = _SCHEDULES[self.schedule](share, self.min_decay)
+        return ops.where(share < 1, factor, self.min_decay)
+
+    def _decay(self, training):
+        decay = self._schedule()
+        if not training:
+            decay = decay * (1 - self.alone)
+        # A scale of 0 is how adapters are switched off: the base is whole.
+        return ops.where(ops.equal(self.scale, 0.0), 1.0, decay)
+
+    def _start(self):
+        view = self.view
+        if self.initializer == "svd":
+            triplets = self.take_triplets(self.rank)
+            u, s, v = map(ops.convert_to_tensor, triplets)
+            root = ops.sqrt(s / abs(self.initial_scale()))
+            sign = math.copysign(1.0, self.alpha)
+            # Fresh tensors each time: no two variables share one buffer.
+            return (
+                lambda shape, dtype=None: u * root,
+                lambda shape, dtype=None: ops.transpose(v * (sign * root)),
+            )
+        bound = math.sqrt(1 / view.fan_in)
+        a = keras.initializers.RandomUniform(-bound, bound, self.seed)
+        if self.initializer == "zeros":
+            return a, "zeros"
+        bound = math.sqrt(1 / self.rank)
+        seed = None if self.seed is None else self.seed + 1
+        return a, keras.initializers.RandomUniform(-bound, bound, seed)
+
+
+def _exponential(share, low):
+    return ops.power(max(low, _SMALLEST), share)
+
+
+_SCHEDULES = {
+    "linear": lambda share, low: 1 - (1 - low) * share,
+    "cosine": lambda share, low: (
+        low + (1 - low) * (1 + ops.cos(math.pi * share)) / 2
+    ),
+    "exponential": _exponential,
+}
+
+
+def _check_steps(start, end):
+    for name, value in (("start_step", start), ("end_step", end)):
+        whole = isinstance(value, numbers.Integral)
+        if not whole or isinstance(value, bool) or value < 0:
+            raise ValueError(
+                f"Received {name}={value!r}. Expected a whole number of "
+                "training steps, at least 0."
+            )
+    if end <= start:
+        raise ValueError(
+            f"Received start_step={start}, end_step={end}. Expected an end "
+            "after the start; to keep the original, use LoRADense."
+        )
