@@ -22,6 +22,7 @@ from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import unwrap_model
 
 _SAME = 1e-3  # relative difference of factors of one base
+_SAME_DIRECTION = 0.99
 
 
 def fuse_adapters(
@@ -124,7 +125,10 @@ def _fused_columns(files, contents, weights):
                 for name in ("u", "s", "v", "delta_u", "delta_v")
             ]
             listed = _column_list(options)
-            _add_columns(columns.setdefault(key, {}), listed, parts, weight)
+            try:
+                _add_columns(columns.setdefault(key, {}), listed, parts, weight)
+            except ValueError as error:
+                raise ValueError(f"{file}, at '{key}': {error}") from error
         share = weight / sum(weights)
         for name in given:
             if name.rsplit("/", 1)[0] in metadata["trainable"]:
@@ -158,7 +162,15 @@ def _add_columns(found, columns, parts, weight):
         if column in found:
             # Another run may have found the same direction with other signs.
             old = found[column]
-            sign = np.sign(np.sum(old[0] * u[:, i]))
+            overlap = np.sum(old[0] * u[:, i])
+            if abs(overlap) < _SAME_DIRECTION:
+                raise ValueError(
+                    f"singular direction {column} is not that of the files "
+                    f"before (overlap {abs(overlap):.3f}). Expected the same, "
+                    "or other columns: where singular values are close, "
+                    "directions are only equal in factors from one `svd_cache`."
+                )
+            sign = np.sign(overlap)
             change = [old[3] + sign * change[0], old[4] + sign * change[1]]
             found[column] = (*old[:3], *change)
         else:

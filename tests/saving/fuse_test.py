@@ -111,6 +111,16 @@ def test_another_base_is_refused(files, method):
         np.testing.assert_array_equal(weight.numpy(), value)
 
 
+def test_equal_columns_of_other_directions_are_refused(files):
+    models = [_train(file, i, rank=2) for i, file in enumerate(files)]
+    layer = models[1].get_layer("one")
+    for part in (layer.u, layer.v, layer.s):
+        part.assign(part.numpy()[..., ::-1].copy())
+    ks.save_adapters(models[1], files[1])
+    with pytest.raises(ValueError, match="'one'.*direction 0"):
+        ks.fuse_adapters(_model(), files)
+
+
 def test_other_methods_and_models_are_refused(files):
     _train(files[0], 1, rank=2)
     _train(files[1], 2, "lora", rank=2)
