@@ -60,12 +60,12 @@ METHODS: dict[str, tuple[Callable[[keras.Model], None], float]] = {
         wrap("conv_lora", rank=1, factorization="loralib"),
         3e-3,
     ),
-    "spectral additive r=4": (wrap("spectral", rank=4), 3e-3),
-    "spectral rotate r=8": (wrap("spectral", rank=8, mode="rotate"), 1e-2),
-    "spectral values": (wrap("spectral", mode="values"), 1e-2),
+    "spectral additive r=4": (wrap("spectral", rank=4), 3e-4),
+    "spectral rotate r=8": (wrap("spectral", rank=8, mode="rotate"), 3e-3),
+    "spectral values": (wrap("spectral", mode="values"), 3e-3),
     "gated_spectral k=16": (
         wrap("gated_spectral", directions=16, l1=1e-5),
-        1e-2,
+        3e-3,
     ),
 }
 
