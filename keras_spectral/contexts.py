@@ -30,7 +30,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
 
     Inside, plain layers with the corrections folded in are in place, to be
     saved, exported or timed. Afterwards the adapters are back and the base
-    kernels are bit for bit what they were. Not for training.
+    weights are bit for bit what they were. Not for training.
 
     Raises:
         ValueError: As `merge_model` does; nothing has changed then.
@@ -38,16 +38,16 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     adapters = require_adapters(model)
     for adapter in adapters:
         adapter.merged_matrix()
-    kernels = [a.view.variable() for a in adapters]
-    values = [keras.ops.copy(kernel) for kernel in kernels]
+    weights = [w for adapter in adapters for w in adapter.layer.weights]
+    values = [keras.ops.copy(weight) for weight in weights]
     try:
         for adapter in adapters:
             adapter.merge()
         with _bases_in_place(model, adapters):
             yield model
     finally:
-        for kernel, value in zip(kernels, values):
-            kernel.assign(value)
+        for weight, value in zip(weights, values):
+            weight.assign(value)
 
 
 @contextlib.contextmanager
@@ -94,16 +94,7 @@ def adapters_alone(model: keras.Model) -> Iterator[keras.Model]:
     Raises:
         ValueError: The model has no DecayingLoRA.
     """
-    adapters = [
-        adapter
-        for adapter in require_adapters(model)
-        if isinstance(adapter, DecayingLoRA)
-    ]
-    if not adapters:
-        raise ValueError(
-            f"Model '{model.name}' has no DecayingLoRA. Expected one wrapped "
-            'with "decaying_lora".'
-        )
+    adapters = require_adapters(model, DecayingLoRA)
     before = [float(adapter.alone) for adapter in adapters]
     for adapter in adapters:
         adapter.alone.assign(1.0)

@@ -37,8 +37,8 @@ def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
 
     Raises:
         ValueError: No adapters; they are switched off; a
-            ConditionalSpectralDense (use `freeze_gates` first). The model
-            is then as it was.
+            ConditionalSpectralDense (use `freeze_gates` first) or a
+            DecayingLoRA (merge it). The model is then as it was.
 
     Example:
 
@@ -89,16 +89,7 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
     Raises:
         ValueError: No such adapters, they are switched off, or no data.
     """
-    old = [
-        adapter
-        for adapter in require_adapters(model)
-        if isinstance(adapter, ConditionalSpectralDense)
-    ]
-    if not old:
-        raise ValueError(
-            f"Model '{model.name}' has no ConditionalSpectralDense. Expected "
-            'a model wrapped with "conditional_spectral".'
-        )
+    old = require_adapters(model, ConditionalSpectralDense)
     _require_active(old)
     for adapter in old:
         adapter.reset_gates()

@@ -3,6 +3,8 @@
 import numpy as np
 from keras import ops
 
+_TINY = 1e-7  # beside 1, hardly more than float32's rounding
+
 
 def truncated_svd(matrix, rank):
     """The first `rank` singular triplets of a matrix, signs made definite.
@@ -29,28 +31,26 @@ def truncated_svd(matrix, rank):
     return _fix_signs(u[..., :rank], s[..., :rank], v)
 
 
-def randomized_svd(
-    matrix, rank, oversampling=None, tolerance=1e-4, max_iterations=8, seed=0
-):
-    """The first `rank` singular triplets by subspace iteration.
+def randomized_svd(matrix, rank, oversampling=4, num_blocks=6, seed=0):
+    """The first `rank` singular triplets by block Krylov iteration.
 
-    A random subspace of `rank + oversampling` directions is multiplied by
-    the matrix and its transpose in turn, made orthonormal by QR each time,
-    until the estimated error is below `tolerance`. It costs a few products
-    with a thin matrix where a whole SVD costs min(n_in, n_out) of them. The
-    faster the singular values fall, the fewer steps it takes; where they
-    hardly fall, the directions found are some of the leading ones, mixed.
-    Whatever the error, `matrix^T U = V diag(S)` holds to rounding.
+    A random block of `rank + oversampling` directions is multiplied by the
+    matrix and its transpose in turn, made orthonormal by QR each time; the
+    triplets come from the space that all `num_blocks` blocks span. Keeping
+    the earlier blocks makes it far more exact than subspace iteration with
+    the same products. It costs a few products with a thin matrix where a
+    whole SVD costs min(n_in, n_out) of them. Where the singular values hardly
+    fall, the directions found are some of the leading ones, mixed. Whatever
+    the error, `matrix^T U = V diag(S)` holds to rounding.
 
-    Source: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4.
+    Source: Musco and Musco 2015, arXiv 1504.05477, algorithm 2.
 
     Args:
         matrix: Tensor (..., n_in, n_out), taken to float32 if it is smaller.
         rank: How many triplets, at most min(n_in, n_out).
-        oversampling: Directions kept beside them. Defaults to `rank + 8`.
-        tolerance: Stop when the error is below it.
-        max_iterations: Stop after so many pairs of products.
-        seed: Integer seed of the first subspace, equal on every backend.
+        oversampling: Directions in each block beside them.
+        num_blocks: How many blocks, fewer where they span all there is.
+        seed: Integer seed of the first block, equal on every backend.
 
     Returns:
         `U` (..., n_in, rank), `S` (..., rank), `V` (..., n_out, rank), and
@@ -67,23 +67,21 @@ def randomized_svd(
     matrix = _at_least_float32(matrix)
     transposed = _transpose(matrix)
     n_in, n_out = matrix.shape[-2:]
-    extra = rank + 8 if oversampling is None else oversampling
-    width = min(rank + extra, n_in, n_out)
-    start = np.random.default_rng(seed).normal(size=(n_out, width))
-    product = ops.matmul(matrix, ops.cast(start, matrix.dtype))
-    for _ in range(max_iterations):
-        left, _ = ops.qr(product)
-        right, triangle = ops.qr(ops.matmul(transposed, left))
-        product = ops.matmul(matrix, right)
-        inner_u, s, inner_vt = ops.svd(_transpose(triangle))
-        inner_v = _transpose(inner_vt)
-        u = ops.matmul(left, inner_u[..., :rank])
-        residual = ops.matmul(product, inner_v[..., :rank])
-        residual = residual - u * s[..., None, :rank]
-        error = _subspace_error(residual, s, rank)
-        if ops.max(error) <= tolerance:
-            break
-    v = ops.matmul(right, inner_v[..., :rank])
+    smaller = min(n_in, n_out)
+    width = min(rank + oversampling, smaller)
+    rng = np.random.default_rng(seed)
+    start = ops.cast(rng.normal(size=(n_out, width)), matrix.dtype)
+    basis, images = [], []
+    for _ in range(max(1, min(num_blocks, smaller // width))):
+        block = ops.matmul(matrix, images[-1] if images else start)
+        noise = ops.cast(rng.normal(size=(n_in, width)), matrix.dtype)
+        basis.append(_new_directions(block, basis, _TINY * noise))
+        images.append(ops.matmul(transposed, basis[-1]))
+    v, s, inner = ops.svd(ops.concatenate(images, -1), full_matrices=False)
+    inner = _transpose(inner)[..., :rank]
+    u, v = ops.matmul(ops.concatenate(basis, -1), inner), v[..., :rank]
+    residual = ops.matmul(matrix, v) - u * s[..., None, :rank]
+    error = _subspace_error(residual, s, rank)
     return *_fix_signs(u, s[..., :rank], v), error
 
 
@@ -120,6 +118,21 @@ def _at_least_float32(matrix):
 
 def _transpose(matrix):
     return ops.swapaxes(matrix, -1, -2)
+
+
+def _new_directions(block, basis, noise):
+    """An orthonormal block, orthogonal to those in the basis.
+
+    Where nothing new is left, rounding errors may lie within the basis;
+    a little noise gives the second round something to keep.
+    """
+    block, _ = ops.qr(block)
+    for extra in (noise, 0.0):
+        for known in basis:
+            shadow = ops.matmul(_transpose(known), block)
+            block = block - ops.matmul(known, shadow)
+        block, _ = ops.qr(block + extra)
+    return block
 
 
 def _fix_signs(u, s, v):

@@ -126,6 +126,19 @@ def match_paths(candidates: list[Place], pattern: str) -> list[Place]:
     return found or [p for p in candidates if regex.fullmatch(p.key)]
 
 
+def require_match(
+    candidates: list[Place], pattern: str, argument: str
+) -> list[Place]:
+    """The same; a ValueError that names the argument if there is none."""
+    found = match_paths(candidates, pattern)
+    if not found:
+        raise ValueError(
+            f"{argument} has {pattern!r}, which matches none of the layers "
+            f"here: {describe(candidates)}."
+        )
+    return found
+
+
 def describe(candidates: list[Place]) -> str:
     """A few paths, for messages."""
     if not candidates:
@@ -156,13 +169,7 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
     patterns = [trainable] if isinstance(trainable, str) else list(trainable)
     kept = []
     for pattern in patterns:
-        matched = match_paths(candidates, pattern)
-        if not matched:
-            raise ValueError(
-                f"trainable={pattern!r} matches no layer of model "
-                f"'{model.name}'. Layers here: {describe(candidates)}."
-            )
-        for place in matched:
+        for place in require_match(candidates, pattern, "trainable"):
             inside = f"{place.path}/"
             kept += [
                 other

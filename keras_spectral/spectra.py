@@ -20,7 +20,7 @@ from keras_spectral.linalg import randomized_svd
 from keras_spectral.linalg import truncated_svd
 
 _SHOW_AFTER = 2.0  # seconds
-_TOGETHER = 2**23  # numbers in one batch of kernels
+_TOGETHER = 2**22  # numbers in one batch of kernels
 _EXACT_BELOW = 128
 
 
@@ -57,8 +57,10 @@ def factorize(
         for batch in _batches(requests):
             count = requests[batch[0]][1]
             kernels = {i: requests[i][0].matrix() for i in batch}
+            paths = {}
             if cache is not None:
-                known = {i: cache.get(kernels[i], count) for i in batch}
+                paths = {i: cache.path(kernels[i], count) for i in batch}
+                known = {i: cache.get(paths[i]) for i in batch}
                 found |= {i: t for i, t in known.items() if t is not None}
             missing = [i for i in batch if i not in found]
             if missing:
@@ -70,7 +72,7 @@ def factorize(
                 }
             if cache is not None:
                 for i in missing:
-                    cache.put(kernels[i], count, found[i])
+                    cache.put(paths[i], found[i])
             progress.advance(len(batch))
     return [found[i] for i in range(len(requests))]
 
@@ -83,7 +85,7 @@ def leading_triplets(matrix: Any, count: int) -> Triplets:
         count: How many triplets.
     """
     smaller = min(matrix.shape[-2:])
-    if smaller < _EXACT_BELOW or 4 * (2 * count + 8) > smaller:
+    if smaller < _EXACT_BELOW or 12 * (count + 4) > smaller:
         return Triplets(*truncated_svd(matrix, count))
     return Triplets(*randomized_svd(matrix, count)[:3])
 
@@ -128,28 +130,24 @@ class _Cache:
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, kernel, count):
-        path = self._path(kernel, count)
-        try:
-            tensors = safetensors.numpy.load_file(path)
-            triplets = Triplets(*(tensors[name] for name in Triplets._fields))
-        except FileNotFoundError:
-            return None
-        except (safetensors.SafetensorError, KeyError):
-            return None
-        n_in, n_out = kernel.shape
-        shapes = [(n_in, count), (count,), (n_out, count)]
-        return triplets if [t.shape for t in triplets] == shapes else None
-
-    def put(self, kernel, count, triplets):
-        tensors = {
-            name: np.ascontiguousarray(ops.convert_to_numpy(value))
-            for name, value in triplets._asdict().items()
-        }
-        write_safetensors(tensors, self._path(kernel, count))
-
-    def _path(self, kernel, count):
+    def path(self, kernel, count):
+        """The file of a kernel's factors, whether it is there or not."""
         numbers = np.ascontiguousarray(ops.convert_to_numpy(kernel))
         digest = hashlib.sha256(f"{numbers.shape} {count} 1".encode())
         digest.update(numbers.tobytes())
         return self.folder / f"{digest.hexdigest()}.safetensors"
+
+    def get(self, path):
+        """The factors; None if there are none or the file is damaged."""
+        try:
+            tensors = safetensors.numpy.load_file(path)
+            return Triplets(*(tensors[name] for name in Triplets._fields))
+        except (FileNotFoundError, safetensors.SafetensorError, KeyError):
+            return None
+
+    def put(self, path, triplets):
+        tensors = {
+            name: np.ascontiguousarray(ops.convert_to_numpy(value))
+            for name, value in triplets._asdict().items()
+        }
+        write_safetensors(tensors, path)

@@ -18,8 +18,8 @@ from keras_spectral.select import Place
 from keras_spectral.select import Target
 from keras_spectral.select import describe
 from keras_spectral.select import kept_places
-from keras_spectral.select import match_paths
 from keras_spectral.select import places
+from keras_spectral.select import require_match
 from keras_spectral.select import select
 
 # What was trainable before a model was first wrapped, by layer.
@@ -141,20 +141,27 @@ def merge_model(model: keras.Model) -> keras.Model:
     return model
 
 
-def adapter_places(model: keras.Model) -> list[Place]:
-    """The model's adapters and where they are."""
-    found = places(model)
-    return [p for p in found if isinstance(p.layer, AdapterLayer)]
+def adapter_places(
+    model: keras.Model, *kinds: type[AdapterLayer]
+) -> list[Place]:
+    """The model's adapters, of all kinds or some, and where they are."""
+    kinds = kinds or (AdapterLayer,)
+    return [p for p in places(model) if isinstance(p.layer, kinds)]
 
 
-def require_adapters(model: keras.Model) -> list[AdapterLayer]:
-    """The model's adapters; a ValueError if there are none."""
+def require_adapters(
+    model: keras.Model, *kinds: type[AdapterLayer]
+) -> list[AdapterLayer]:
+    """The model's adapters; a ValueError if there are none of these kinds."""
     _check_model(model)
-    adapters = [place.layer for place in adapter_places(model)]
+    adapters = [place.layer for place in adapter_places(model, *kinds)]
     if not adapters:
+        wanted = " or ".join(repr(kind.method) for kind in kinds)
         raise ValueError(
-            f"Model '{model.name}' has no adapters. Expected a model that "
-            "`wrap_model` or `load_adapters` has wrapped."
+            f"Model '{model.name}' has no adapters"
+            + (f" of method {wanted}" if kinds else "")
+            + ". Expected a model that `wrap_model` or `load_adapters` has "
+            "wrapped."
         )
     return adapters
 
@@ -261,13 +268,7 @@ def _check_chosen(model, chosen):
 def _options_per_layer(chosen, options, overrides):
     per_layer = {place.path: dict(options) for place in chosen}
     for pattern, changes in overrides.items():
-        matched = match_paths(chosen, pattern)
-        if not matched:
-            raise ValueError(
-                f"overrides has {pattern!r}, which matches none of the "
-                f"layers to wrap: {describe(chosen)}."
-            )
-        for place in matched:
+        for place in require_match(chosen, pattern, "overrides"):
             per_layer[place.path].update(changes)
     return per_layer
 

@@ -73,3 +73,18 @@ def test_merged_refuses_what_cannot_be_merged():
     np.testing.assert_array_equal(
         diverged.layers[0].layer.kernel.numpy(), kernel
     )
+
+
+def test_merged_puts_a_faded_bias_back():
+    options = {"end_step": 2, "decay_bias": True, "initializer": "fan_in"}
+    model = _model("decaying_lora", **options)
+    for adapter in model.layers:
+        adapter.layer.bias.assign(adapter.layer.bias + 1.0)
+        adapter.step.assign(1)
+    biases = [adapter.layer.bias.numpy() for adapter in model.layers]
+    expected = _outputs(model)
+    with ks.merged(model):
+        for got, wanted in zip(_outputs(model), expected):
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+    for adapter, bias in zip(model.layers, biases):
+        np.testing.assert_array_equal(adapter.layer.bias.numpy(), bias)

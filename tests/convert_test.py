@@ -124,6 +124,11 @@ def test_to_lora_refuses_and_changes_nothing():
     with ks.adapters_disabled(model):
         with pytest.raises(ValueError, match="switched off"):
             ks.to_lora(model)
+    ks.unwrap_model(model)
+    ks.wrap_model(model, "decaying_lora", target="dense", rank=2)
+    with pytest.raises(ValueError, match="Merge it instead"):
+        ks.to_lora(model)
+    assert isinstance(model.get_layer("dense"), ks.DecayingLoRA)
     with pytest.raises(ValueError, match="rank=0"):
         ks.to_lora(model, rank=0)
 
@@ -171,5 +176,5 @@ def test_freeze_gates_where_all_examples_agree_keeps_the_outputs():
 def test_freeze_gates_needs_gates():
     model = _conv_model()
     ks.wrap_model(model, "lora", target="dense", rank=2)
-    with pytest.raises(ValueError, match="no ConditionalSpectralDense"):
+    with pytest.raises(ValueError, match="no adapters of method 'conditional"):
         ks.freeze_gates(model, _x(model))

@@ -52,7 +52,7 @@ def test_randomized_agrees_with_exact_and_is_repeatable():
 def test_error_is_honest_where_the_spectrum_is_flat():
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(300, 300)).astype("float32")
-    u, s, v, error = randomized_svd(matrix, 8, max_iterations=2)
+    u, s, v, error = randomized_svd(matrix, 8, num_blocks=2)
     assert float(error) > 0.1
     # Whatever the error, these are right singular vectors of their own u.
     product = ops.convert_to_numpy(ops.matmul(matrix.T, u))
@@ -87,11 +87,28 @@ def test_half_precision_is_factorised_in_float32(function):
     )
 
 
-def test_rank_beyond_the_rank_of_the_matrix():
-    matrix, _, _ = _matrix(np.array([2.0, 1.0]), 200, 200)
-    u, s, v, _ = randomized_svd(matrix, 4)
-    assert np.isfinite(ops.convert_to_numpy(u)).all()
-    np.testing.assert_allclose(ops.convert_to_numpy(s), [2, 1, 0, 0], atol=1e-5)
+_DEGENERATE = {
+    "zero": np.zeros(200),
+    "low rank": np.array([2.0, 1.0] + [0.0] * 198),
+    "nearly low rank": np.array([1.0] * 4 + [1e-9] * 196),
+    "identity": np.ones(200),
+    "steep": 10.0 ** -np.minimum(np.arange(200), 30),
+}
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("name", _DEGENERATE)
+def test_directions_are_orthonormal_where_the_matrix_is_degenerate(
+    name, rotated
+):
+    values = _DEGENERATE[name]
+    matrix = _matrix(values, 200, 230)[0] if rotated else np.diag(values)
+    u, s, v, _ = randomized_svd(matrix.astype("float32"), 8)
+    u = ops.convert_to_numpy(u)
+    np.testing.assert_allclose(u.T @ u, np.eye(8), atol=1e-4)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(s), values[:8], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", [1, 4, 9])

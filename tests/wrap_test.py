@@ -390,9 +390,9 @@ def test_gc_freeze_does_not_hide_the_model():
         ({"target": "all", "rnk": 4}, "rnk"),
         (
             {"target": "first", "overrides": {"head": {"rank": 1}}},
-            "matches none of the layers to wrap",
+            "overrides has .head., which matches none",
         ),
-        ({"target": "first", "trainable": ["haed"]}, "matches no layer"),
+        ({"target": "first", "trainable": ["haed"]}, "matches none"),
     ],
 )
 def test_bad_input_leaves_the_model_as_it_was(kwargs, match):

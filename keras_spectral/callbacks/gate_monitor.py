@@ -5,6 +5,9 @@ import keras
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import require_adapters
+
+_GATED = (GatedSpectralDense, ConditionalSpectralDense)
 
 
 class GateMonitor(keras.callbacks.Callback):
@@ -18,7 +21,6 @@ class GateMonitor(keras.callbacks.Callback):
 
     Args:
         threshold: Size from which a fixed gate counts as active.
-        per_layer: Whether each layer has its entry.
 
     Raises:
         ValueError: At the start of training, if the model has no gates.
@@ -38,36 +40,25 @@ class GateMonitor(keras.callbacks.Callback):
     ['active_gates', 'active_gates/hidden', 'loss']
     """
 
-    def __init__(self, threshold: float = 0.01, per_layer: bool = True):
+    def __init__(self, threshold: float = 0.01):
         super().__init__()
         self.threshold = threshold
-        self.per_layer = per_layer
 
     def on_train_begin(self, logs=None):
-        if not self._gated():
-            raise ValueError(
-                f"Model '{self.model.name}' has no gated adapters. Expected "
-                'one wrapped with "gated_spectral" or "conditional_spectral".'
-            )
+        require_adapters(self.model, *_GATED)
 
     def on_epoch_begin(self, epoch, logs=None):
-        for place in self._gated():
-            if isinstance(place.layer, ConditionalSpectralDense):
-                place.layer.reset_gates()
+        for place in adapter_places(self.model, ConditionalSpectralDense):
+            place.layer.reset_gates()
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is None:
             return
-        counts = {p.path: self._count(p.layer) for p in self._gated()}
+        gated = adapter_places(self.model, *_GATED)
+        counts = {place.path: self._count(place.layer) for place in gated}
         logs["active_gates"] = sum(counts.values())
-        if self.per_layer:
-            for path, count in counts.items():
-                logs[f"active_gates/{path}"] = count
-
-    def _gated(self):
-        kinds = (GatedSpectralDense, ConditionalSpectralDense)
-        found = adapter_places(self.model)
-        return [place for place in found if isinstance(place.layer, kinds)]
+        for path, count in counts.items():
+            logs[f"active_gates/{path}"] = count
 
     def _count(self, adapter):
         if isinstance(adapter, GatedSpectralDense):

@@ -7,7 +7,7 @@ import keras
 
 from keras_spectral.contexts import adapters_alone
 from keras_spectral.layers import DecayingLoRA
-from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import require_adapters
 
 
 class TransferMonitor(keras.callbacks.Callback):
@@ -23,7 +23,6 @@ class TransferMonitor(keras.callbacks.Callback):
     Args:
         validation_data: What `model.evaluate` takes as first argument, or a
             tuple `(x, y)` or `(x, y, sample_weight)`.
-        batch_size: For arrays.
 
     Raises:
         ValueError: At the start of training, if the model has no
@@ -45,19 +44,11 @@ class TransferMonitor(keras.callbacks.Callback):
     (['decay', 'loss', 'val_adapter_loss', 'val_loss'], [0.5, 0.0, 0.0])
     """
 
-    def __init__(
-        self, validation_data: Any = None, batch_size: int | None = None
-    ):
+    def __init__(self, validation_data: Any = None):
         super().__init__()
         self.validation_data = validation_data
-        self.batch_size = batch_size
 
     def on_train_begin(self, logs=None):
-        if not self._adapters():
-            raise ValueError(
-                f"Model '{self.model.name}' has no DecayingLoRA. Expected one "
-                'wrapped with "decaying_lora".'
-            )
         self._start = self._decay()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -84,8 +75,7 @@ class TransferMonitor(keras.callbacks.Callback):
             )
 
     def _adapters(self):
-        found = adapter_places(self.model)
-        return [p.layer for p in found if isinstance(p.layer, DecayingLoRA)]
+        return require_adapters(self.model, DecayingLoRA)
 
     def _decay(self):
         factors = [adapter.decay_factor() for adapter in self._adapters()]
@@ -97,7 +87,6 @@ class TransferMonitor(keras.callbacks.Callback):
         names = ("x", "y", "sample_weight")
         results = self.model.evaluate(
             **dict(zip(names, arrays)),
-            batch_size=self.batch_size,
             verbose=0,
             return_dict=True,
         )

@@ -66,8 +66,8 @@ class ConditionalSpectralDense(AdapterLayer):
     Input shape: the base's. Output shape: the base's.
 
     Raises:
-        ValueError: A bad option; `rank` above min(n_in, n_out) or unlike the
-            network's; a base that no view covers.
+        ValueError: A bad option; `rank` above min(n_in, n_out); sizes unlike
+            the network's; a base that no view covers.
 
     Example:
 
@@ -282,11 +282,11 @@ class ConditionalSpectralDense(AdapterLayer):
 
 def check_network(adapter, network):
     """Raises unless the adapter can use a hypernetwork."""
-    wanted = (adapter.rank, adapter.embedding)
-    sizes = (network.rank, network.embedding)
+    names = ("rank", "hidden", "embedding")
+    wanted = {name: getattr(adapter, name) for name in names}
+    sizes = {name: getattr(network, name) for name in names}
     if wanted != sizes:
         raise ValueError(
-            f"Layer '{adapter.name}' has rank and embedding {wanted}, the "
-            f"hypernetwork that it shares {sizes}. Expected the same for all "
-            "layers that share one."
+            f"Layer '{adapter.name}' has {wanted}, the hypernetwork that it "
+            f"shares {sizes}. Expected the same for all layers that share one."
         )

@@ -46,7 +46,7 @@ class DecayingLoRA(AdapterLayer):
         alpha: Strength of the pair; `s = alpha / rank`. Defaults to `rank`.
         start_step: Training step at which the decay begins, at least 0.
         end_step: Training step at which it ends, after `start_step`.
-        min_decay: What d ends at, 0 <= min_decay <= 1.
+        min_decay: What d ends at, 0 <= min_decay < 1.
         schedule: `"linear"`, `"cosine"` or `"exponential"`. An exponential
             decay to 0 falls to 1e-3 and then drops to 0.
         initializer: `"svd"`, `"fan_in"` (A uniform in +-sqrt(1/n_in), B in
@@ -111,7 +111,7 @@ class DecayingLoRA(AdapterLayer):
                 "has to do the layer's work."
             )
         _check_steps(start_step, end_step)
-        check_number(min_decay, "min_decay", 0, 1 + 1e-9)
+        check_number(min_decay, "min_decay", 0, 1)
         check_choice(schedule, "schedule", tuple(_SCHEDULES))
         check_choice(initializer, "initializer", ("svd", "fan_in", "zeros"))
         check_choice(residual, "residual", ("truncated", "full"))
@@ -133,19 +133,12 @@ class DecayingLoRA(AdapterLayer):
         self.decay_bias = bool(decay_bias)
         self.seed = seed
 
-    @property
-    def is_low_rank(self):
-        return False
-
     def triplets_needed(self, view):
         return self.rank if self.initializer == "svd" else 0
 
     def build_adapter(self):
         check_max_rank(self)
         a_start, b_start = self._start()
-        self._keeps_start = (
-            self.initializer == "svd" and self.residual == "truncated"
-        )
         if self._keeps_start:
             add_pair(self, "start_a", "start_b", a_start, b_start, False)
         add_pair(self, "lora_a", "lora_b", a_start, b_start, True)
@@ -192,8 +185,10 @@ class DecayingLoRA(AdapterLayer):
         return ops.matmul(a, b) - (1 - decay) * self.view.matrix()
 
     def factors(self):
-        """The pair alone, without what fades."""
-        return self.lora_a, self.lora_b
+        raise ValueError(
+            f"Layer '{self.name}' is a DecayingLoRA: what it changes is the "
+            "fading original itself, which has no low rank. Merge it instead."
+        )
 
     def merge(self):
         matrix, decay = self.merged_matrix(), self._decay(False)
@@ -201,6 +196,10 @@ class DecayingLoRA(AdapterLayer):
         bias = getattr(self.layer, "bias", None)
         if self.decay_bias and bias is not None:
             bias.assign(bias * decay)
+
+    @property
+    def _keeps_start(self):
+        return self.initializer == "svd" and self.residual == "truncated"
 
     def _pair(self, decay):
         """A and B in full strength, the fading start included."""

@@ -11,6 +11,7 @@ from keras_spectral.plots.axes import new_axes
 from keras_spectral.select import describe
 from keras_spectral.select import match_paths
 from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import require_adapters
 
 _BASE, _ADAPTED = "#777777", "#d1495b"
 _MOST_SHOWN = 64
@@ -81,16 +82,10 @@ def plot_gates(model: keras.Model, ax=None):
         ValueError: The model has no gates.
         ImportError: matplotlib is missing.
     """
-    rows = {
-        place.path: _gate_values(place.layer)
-        for place in adapter_places(model)
-        if _gate_values(place.layer) is not None
-    }
-    if not rows:
-        raise ValueError(
-            f"Model '{model.name}' has no gates. Expected one wrapped with "
-            '"gated_spectral" or "conditional_spectral".'
-        )
+    kinds = (GatedSpectralDense, ConditionalSpectralDense)
+    require_adapters(model, *kinds)
+    gated = adapter_places(model, *kinds)
+    rows = {place.path: _gate_values(place.layer) for place in gated}
     width = max(map(len, rows.values()))
     table = np.full((len(rows), width), np.nan)
     for i, values in enumerate(rows.values()):
@@ -115,9 +110,7 @@ def _singular_values(matrix):
 def _gate_values(adapter):
     if isinstance(adapter, GatedSpectralDense):
         return ops.convert_to_numpy(adapter.gates)
-    if isinstance(adapter, ConditionalSpectralDense):
-        return ops.convert_to_numpy(adapter.mean_gates())
-    return None
+    return ops.convert_to_numpy(adapter.mean_gates())
 
 
 def _short(paths):

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral.kernels import KernelView
+from keras_spectral.contexts import merged
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import SpectralDense
 from keras_spectral.layers.adapter import check_choice
@@ -19,6 +18,7 @@ from keras_spectral.saving.adapter_file import read_adapters
 from keras_spectral.select import places
 from keras_spectral.surgery import own_variables
 from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import require_adapters
 from keras_spectral.wrap import unwrap_model
 
 _SAME = 1e-3  # relative difference of factors of one base
@@ -205,35 +205,28 @@ def _check_spectral_base(model, content, file):
 
 def _average(model, files, weights, heads):
     """Loads one file after the other and adds up what they change."""
-    trained = [
-        variable
-        for place in places(model)
-        if place.key in heads
-        for variable in own_variables(place.layer)
-    ]
-    start = [ops.copy(variable) for variable in trained]
-    averages = [ops.zeros_like(value) for value in start]
-    changes: dict[KernelView, Any] = {}
-    views: dict[int, KernelView] = {}
+    totals: dict[int, tuple] = {}  # a weight, its start, its changes
+
+    def watch(layers):
+        for variable in (v for layer in layers for v in own_variables(layer)):
+            entry = (variable, ops.copy(variable), [])
+            totals.setdefault(id(variable), entry)
+
+    watch(place.layer for place in places(model) if place.key in heads)
     try:
         for file, weight in zip(files, weights):
-            share = weight / sum(weights)
             load_adapters(model, file)
-            for place in adapter_places(model):
-                adapter = place.layer
-                view = views.setdefault(id(adapter.layer), adapter.view)
-                change = adapter.merged_matrix() - view.matrix()
-                changes[view] = changes.get(view, 0.0) + share * change
-            averages = [a + share * v for a, v in zip(averages, trained)]
+            watch(adapter.layer for adapter in require_adapters(model))
+            with merged(model):
+                for variable, start, changes in totals.values():
+                    changes.append((variable - start) * weight)
             unwrap_model(model)
     except Exception:
         if adapter_places(model):
             unwrap_model(model)
-        for variable, value in zip(trained, start):
-            variable.assign(value)
+        for variable, start, _ in totals.values():
+            variable.assign(start)
         raise
-    for view, change in changes.items():
-        view.assign(view.matrix() + change)
-    for variable, value in zip(trained, averages):
-        variable.assign(value)
+    for variable, start, changes in totals.values():
+        variable.assign(start + sum(changes) / sum(weights))
     return model

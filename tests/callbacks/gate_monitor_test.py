@@ -51,5 +51,5 @@ def test_strong_l0_closes_the_gates():
 
 
 def test_a_model_without_gates_is_refused():
-    with pytest.raises(ValueError, match="no gated adapters"):
+    with pytest.raises(ValueError, match="'gated_spectral' or 'conditional"):
         _fit("lora", rank=2)

@@ -59,5 +59,5 @@ def test_a_decay_that_never_moves_warns():
 
 
 def test_a_model_without_decaying_adapters_is_refused():
-    with pytest.raises(ValueError, match="no DecayingLoRA"):
+    with pytest.raises(ValueError, match="'decaying_lora'"):
         _fit(None, method="lora")

@@ -167,6 +167,7 @@ def test_adapter_alone_by_option_and_for_a_moment():
         {"end_step": True},
         {"min_decay": -0.1},
         {"min_decay": 1.5},
+        {"min_decay": 1.0},
         {"schedule": "step"},
         {"initializer": "kaiming"},
         {"residual": "none"},
