@@ -2,6 +2,11 @@
 
 from keras_spectral import callbacks
 from keras_spectral import plots
+from keras_spectral.compression import LowRank
+from keras_spectral.compression import compress_model
+from keras_spectral.compression import compression_report
+from keras_spectral.compression import finalize_transfer
+from keras_spectral.compression import search_rank
 from keras_spectral.contexts import adapters_alone
 from keras_spectral.contexts import adapters_disabled
 from keras_spectral.contexts import merged
@@ -12,6 +17,7 @@ from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
 from keras_spectral.layers import DecayingLoRA
+from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
 from keras_spectral.layers import SpectralDense
@@ -30,13 +36,18 @@ __all__ = [
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
+    "DyLoRADense",
     "GatedSpectralDense",
     "LoRADense",
+    "LowRank",
     "SpectralDense",
     "adapter_summary",
     "adapters_alone",
     "adapters_disabled",
     "callbacks",
+    "compress_model",
+    "compression_report",
+    "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
     "load_adapters",
@@ -44,6 +55,7 @@ __all__ = [
     "merged",
     "plots",
     "save_adapters",
+    "search_rank",
     "to_lora",
     "unwrap_model",
     "unwrapped",

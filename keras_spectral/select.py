@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import keras
 
+from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import view_class_of
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.surgery import output_layers
@@ -184,13 +185,27 @@ def _subject(layer):
     return layer.layer if isinstance(layer, AdapterLayer) else layer
 
 
+def _first_half(layer):
+    """What takes the input: of a factorised layer its first half."""
+    subject = _subject(layer)
+    return subject.down if isinstance(subject, LowRank) else subject
+
+
 def _matching(model, candidates, target):
-    if isinstance(target, str):
-        if target in _PRESETS:
-            chosen = _PRESETS[target](model, candidates)
-            # Some models hold layers that they never build nor call.
-            return [p for p in chosen if p.layer.built] or chosen
+    if isinstance(target, str) and target not in _PRESETS:
         return _untied(match_paths(candidates, target), target)
+    # Halves of a factorised layer are only found by their paths.
+    halves = {
+        id(half)
+        for place in candidates
+        if isinstance(place.layer, LowRank)
+        for half in (place.layer.down, place.layer.up)
+    }
+    candidates = [p for p in candidates if id(p.layer) not in halves]
+    if isinstance(target, str):
+        chosen = _PRESETS[target](model, candidates)
+        # Some models hold layers that they never build nor call.
+        return [p for p in chosen if p.layer.built] or chosen
     if isinstance(target, type):
         return [p for p in candidates if isinstance(_subject(p.layer), target)]
     if callable(target):
@@ -234,7 +249,7 @@ def _attention(model, candidates):
     return [
         place
         for place in candidates
-        if isinstance(_subject(place.layer), (*_LINEAR, *_CONV))
+        if isinstance(_first_half(place.layer), (*_LINEAR, *_CONV))
         and _ATTENTION.fullmatch(place.layer.name)
     ]
 
@@ -247,13 +262,13 @@ def _all_linear(model, candidates):
     return [
         place
         for place in candidates
-        if isinstance(_subject(place.layer), _LINEAR)
+        if isinstance(_first_half(place.layer), _LINEAR)
         and id(place.layer) not in heads
     ]
 
 
 def _conv(model, candidates):
-    return [p for p in candidates if isinstance(_subject(p.layer), _CONV)]
+    return [p for p in candidates if isinstance(_first_half(p.layer), _CONV)]
 
 
 def _all(model, candidates):

@@ -53,7 +53,7 @@ def factorize(
     requests = list(requests)
     cache = _Cache(svd_cache) if svd_cache is not None else None
     found: dict[int, Triplets] = {}
-    with _LateProgress(len(requests)) as progress:
+    with LateProgress("factorising kernels", len(requests)) as progress:
         for batch in _batches(requests):
             count = requests[batch[0]][1]
             kernels = {i: requests[i][0].matrix() for i in batch}
@@ -101,12 +101,12 @@ def _batches(requests):
             yield group[start : start + size]
 
 
-class _LateProgress:
+class LateProgress:
     """A progress bar that shows only where work takes long."""
 
-    def __init__(self, total):
+    def __init__(self, what, total):
         self.bar = Progress(transient=True, console=Console(stderr=True))
-        self.task = self.bar.add_task("factorising kernels", total=total)
+        self.task = self.bar.add_task(what, total=total)
         self.start = time.monotonic()
 
     def __enter__(self):

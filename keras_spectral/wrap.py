@@ -209,7 +209,7 @@ def wrap_places(
     for layer in tree:
         if not isinstance(layer, AdapterLayer):
             _FLAGS.setdefault(layer, flags[id(layer)])
-    _freeze(model, [place.layer for place in kept])
+    freeze_all_but(model, [place.layer for place in kept])
     surgery.forget_compiled(models)
 
 
@@ -294,7 +294,9 @@ def _restore_flags(model):
             surgery.set_trainable(layer, *_FLAGS.pop(layer))
 
 
-def _freeze(model, kept):
+def freeze_all_but(
+    model: keras.Model, kept: Iterable[keras.layers.Layer]
+) -> None:
     """Freezes all but adapters, `kept` layers and the way down to them."""
     kept = {id(layer) for layer in kept}
     active = {}

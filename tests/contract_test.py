@@ -22,6 +22,7 @@ KINDS = {
     "LoRADense": layer_cases.ALL,
     "ConvLoRA": layer_cases.PLAIN_CONV,
     "DecayingLoRA": layer_cases.ALL,
+    "DyLoRADense": layer_cases.ALL,
     "SpectralDense": layer_cases.ALL,
     "GatedSpectralDense": layer_cases.ALL,
     "ConditionalSpectralDense": layer_cases.ALL,
@@ -131,6 +132,14 @@ VARIANTS = [
         _lora_size,
         fits=_one_per_view,
         starts_as_base=False,
+    ),
+    Variant("DyLoRADense", "dylora", {"rank": 2, "alpha": 3}, _lora_size),
+    Variant(
+        "DyLoRADense",
+        "dylora_frozen",
+        {"rank": 2, "frozen": True},
+        _lora_size,
+        fits=_one_per_view,
     ),
     Variant("SpectralDense", "additive", {"rank": 2}, _lora_size),
     Variant(

@@ -13,9 +13,11 @@ from keras_spectral.kernels.dense import DenseView
 from keras_spectral.kernels.dense import EinsumDenseView
 from keras_spectral.kernels.embedding import EmbeddingView
 from keras_spectral.kernels.embedding import ReversibleEmbeddingView
+from keras_spectral.kernels.low_rank import LowRank
+from keras_spectral.kernels.low_rank import LowRankView
 from keras_spectral.kernels.view import KernelView
 
-__all__ = ["KernelView", "kernel_view", "view_class_of"]
+__all__ = ["KernelView", "LowRank", "kernel_view", "view_class_of"]
 
 _DEPTHWISE = (
     "a depthwise kernel keeps channels apart (k x k numbers a channel), so "
@@ -40,6 +42,7 @@ _VIEWS = {
     keras.layers.Conv2D: ConvView,
     keras.layers.Conv3D: ConvView,
     keras.layers.Embedding: EmbeddingView,
+    LowRank: LowRankView,
 }
 
 
@@ -48,7 +51,8 @@ def kernel_view(layer: keras.layers.Layer) -> KernelView:
 
     Args:
         layer: A built Dense, EinsumDense, Conv1D/2D/3D, SeparableConv1D/2D,
-            Conv1D/2D/3DTranspose, Embedding or ReversibleEmbedding layer.
+            Conv1D/2D/3DTranspose, Embedding, ReversibleEmbedding or LowRank
+            layer.
 
     Raises:
         ValueError: The layer is unbuilt, is of a kind whose kernel has no
@@ -67,6 +71,8 @@ def kernel_view(layer: keras.layers.Layer) -> KernelView:
             "(`enable_lora`). Expected a plain layer; build the model "
             "without `lora_rank` or `enable_lora`."
         )
+    if view_class is LowRankView:
+        return LowRankView(layer, *map(kernel_view, (layer.down, layer.up)))
     return view_class(layer)
 
 

@@ -2,9 +2,25 @@
 
 import math
 
+import keras
 from keras import ops
 
 from keras_spectral.kernels.view import KernelView
+
+_CONV = {
+    1: keras.layers.Conv1D,
+    2: keras.layers.Conv2D,
+    3: keras.layers.Conv3D,
+}
+_SEPARABLE = {
+    1: keras.layers.SeparableConv1D,
+    2: keras.layers.SeparableConv2D,
+}
+_TRANSPOSE = {
+    1: keras.layers.Conv1DTranspose,
+    2: keras.layers.Conv2DTranspose,
+    3: keras.layers.Conv3DTranspose,
+}
 
 
 class ConvView(KernelView):
@@ -69,6 +85,43 @@ class ConvView(KernelView):
         blocks = ops.reshape(matrix, (groups, self.n_in // groups, groups, -1))
         return ops.einsum("gnho,gh->gno", blocks, ops.eye(groups))
 
+    @property
+    def groups(self):
+        return self._groups
+
+    def slicings(self):
+        channels = self._row_shape[-1]
+        if self._groups > 1:
+            return [1]
+        return [n for n in range(1, channels + 1) if channels % n == 0]
+
+    def parts(self, matrix, slices=1):
+        if self._groups > 1:
+            return self._blocks(matrix)
+        channels = self._row_shape[-1] // slices
+        shape = (-1, slices, channels, self.n_out)
+        matrix = ops.swapaxes(ops.reshape(matrix, shape), 0, 1)
+        return ops.reshape(matrix, (slices, -1, self.n_out))
+
+    def positions(self, input_shape):
+        shape = self.layer.compute_output_shape(input_shape)
+        return _pixels(shape, self.layer.data_format)
+
+    def thin_layers(self, rank, slices=1):
+        kind = _CONV[len(self.layer.kernel_size)]
+        shared = self._options("kernel_size", "strides", "padding")
+        shared |= self._options("dilation_rate", "data_format")
+        parts = max(slices, self._groups)
+        shared |= {"filters": parts * rank, "groups": parts, "use_bias": False}
+        return [kind(**shared, **self._code_options()), self._pointwise()]
+
+    def _pointwise(self):
+        """A 1x1 convolution from codes to the layer's output."""
+        kind = _CONV[len(self.layer.kernel_size)]
+        options = self._options("filters", "data_format", "use_bias")
+        options |= {"kernel_size": 1, "groups": self._groups}
+        return kind(**options, **self._output_options())
+
     def convolve(self, inputs, kernel):
         layer = self.layer
         padding = layer.padding
@@ -108,6 +161,24 @@ class SeparableConvView(ConvView):
     layer's own depthwise half makes of the layer's input."""
 
     kernel_name = "pointwise_kernel"
+
+    def slicings(self):
+        return [1]
+
+    def thin_layers(self, rank, slices=1):
+        layer = self.layer
+        shared = self._options("kernel_size", "strides", "padding")
+        shared |= self._options("dilation_rate", "data_format")
+        down = _SEPARABLE[len(layer.kernel_size)](
+            rank,
+            depth_multiplier=layer.depth_multiplier,
+            use_bias=False,
+            **shared,
+            **self._code_options(),
+        )
+        down.build(layer.get_build_config()["input_shape"])
+        down.depthwise_kernel.assign(layer.depthwise_kernel)
+        return [down, self._pointwise()]
 
     def _sizes(self):
         shape = self.variable().shape
@@ -152,6 +223,27 @@ class ConvTransposeView(ConvView):
             data_format=layer.data_format,
         )
 
+    def slicings(self):
+        return [1]
+
+    def parts(self, matrix, slices=1):
+        return matrix[None]
+
+    def positions(self, input_shape):
+        return _pixels(input_shape, self.layer.data_format)
+
+    def thin_layers(self, rank, slices=1):
+        layer = self.layer
+        sides = len(layer.kernel_size)
+        shared = self._options("filters", "kernel_size", "strides", "padding")
+        shared |= self._options("output_padding", "dilation_rate", "use_bias")
+        codes = {"filters": rank, "kernel_size": 1, "use_bias": False}
+        order = self._options("data_format")
+        return [
+            _CONV[sides](**codes, **order, **self._code_options()),
+            _TRANSPOSE[sides](**shared, **order, **self._output_options()),
+        ]
+
     def _sizes(self):
         shape = self.layer.kernel.shape
         self._groups = 1
@@ -165,3 +257,10 @@ class ConvTransposeView(ConvView):
         shape = self.layer.kernel.shape
         kernel = ops.reshape(matrix, (self.n_in, *shape[:-1]))
         return ops.moveaxis(kernel, 0, -1)
+
+
+def _pixels(shape, data_format):
+    """Product of the spatial sizes; unknown ones count as 1."""
+    last = data_format == "channels_last"
+    sides = shape[1:-1] if last else shape[2:]
+    return math.prod(side or 1 for side in sides)

@@ -3,6 +3,7 @@
 import math
 import string
 
+import keras
 from keras import ops
 
 from keras_spectral.kernels.view import KernelView
@@ -14,6 +15,13 @@ class DenseView(KernelView):
 
     def up(self, codes, b):
         return ops.matmul(codes, b)
+
+    def thin_layers(self, rank, slices=1):
+        options = self._options("units", "use_bias") | self._output_options()
+        return [
+            keras.layers.Dense(rank, use_bias=False, **self._code_options()),
+            keras.layers.Dense(**options),
+        ]
 
     def _sizes(self):
         return self.layer.input_spec.axes[-1], self.layer.units
@@ -38,8 +46,56 @@ class EinsumDenseView(KernelView):
         b = ops.reshape(b, (b.shape[0], *self._out_shape))
         return ops.einsum(self._up_equation, codes, b)
 
+    def positions(self, input_shape):
+        source, _, rows, _ = self._letters
+        sizes = dict(zip(source, input_shape))
+        free = [c for c in source[1:] if c not in rows]
+        return math.prod(sizes[c] or 1 for c in free)
+
+    def flops(self, input_shape, rank=None, slices=1):
+        if rank is None:
+            return super().flops(input_shape)
+        # Batch letters of the kernel are in the codes as well.
+        _, target, rows, _ = self._letters
+        times = math.prod(self._letter_sizes[c] for c in rows if c in target)
+        weights = rank * (self.n_in + times * self.n_out)
+        return 2 * weights * self.positions(input_shape)
+
+    def thin_layers(self, rank, slices=1):
+        target = self._letters[1]
+        codes = self._down_equation.split("->")[1]
+        given = self.layer.get_config()["output_shape"]
+        sizes = dict(zip(self._sized(target), given))
+        sizes |= {**self._letter_sizes, codes[-1]: rank}
+        return [
+            keras.layers.EinsumDense(
+                self._with_ellipsis(self._down_equation),
+                tuple(sizes.get(c) for c in self._sized(codes)),
+                **self._code_options(),
+            ),
+            keras.layers.EinsumDense(
+                self._with_ellipsis(self._up_equation),
+                tuple(sizes.get(c) for c in self._sized(target)),
+                bias_axes=self.layer.bias_axes,
+                **self._output_options(),
+            ),
+        ]
+
+    def _with_ellipsis(self, equation):
+        """The equation with `...` where the layer's own has it."""
+        return (
+            equation.replace(self._spread, "...") if self._spread else equation
+        )
+
+    def _sized(self, letters):
+        """The letters of a term whose sizes Keras's `output_shape` lists."""
+        if self._spread:
+            term = self._with_ellipsis(letters)
+            return term.replace("...", "")[0 if term.startswith("...") else 1 :]
+        return letters[1:]
+
     def _sizes(self):
-        source, kernel, target = _split_equation(self.layer)
+        source, kernel, target, self._spread = _split_equation(self.layer)
         shape = getattr(self.layer, "original_kernel_shape", None)
         sizes = dict(zip(kernel, shape or self.layer.kernel.shape))
         rows = "".join(c for c in kernel if c in source)
@@ -49,6 +105,7 @@ class EinsumDenseView(KernelView):
         self._down_equation = f"{source},{rows}{rank}->{codes}"
         self._up_equation = f"{codes},{rank}{columns}->{target}"
         self._order = [kernel.index(c) for c in rows + columns]
+        self._letter_sizes = sizes
         self._letters = source, target, rows, columns
         self._in_shape = tuple(sizes[c] for c in rows)
         self._out_shape = tuple(sizes[c] for c in columns)
@@ -90,9 +147,13 @@ class EinsumDenseView(KernelView):
 
 
 def _split_equation(layer):
-    """Input, kernel and output letters of an einsum that can be factored."""
+    """Input, kernel and output letters of an einsum that can be factored.
+
+    The fourth are those that stand for its `...`.
+    """
     source, rest = layer.equation.replace(" ", "").split(",")
     kernel, target = rest.split("->")
+    spread = ""
     if "..." in source:
         count = layer.input_spec.ndim - len(source.replace("...", ""))
         spread = _unused_letters(source + kernel + target, count)
@@ -112,7 +173,7 @@ def _split_equation(layer):
             f"Layer '{layer.name}' has equation '{layer.equation}', which is "
             f"not a matrix applied to the input: {problem}. Exclude the layer."
         )
-    return source, kernel, target
+    return source, kernel, target, spread
 
 
 def _unused_letters(used, count):

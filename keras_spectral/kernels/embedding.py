@@ -1,5 +1,8 @@
 """Views of embedding tables."""
 
+import math
+
+import keras
 from keras import ops
 
 from keras_spectral.kernels.view import KernelView
@@ -16,6 +19,25 @@ class EmbeddingView(KernelView):
     def up(self, codes, b):
         return ops.matmul(codes, b)
 
+    def positions(self, input_shape):
+        return math.prod(size or 1 for size in input_shape[1:])
+
+    def flops(self, input_shape, rank=None, slices=1):
+        # Tables are looked up; the second half of a pair multiplies.
+        return 2 * (rank or 0) * self.n_out * self.positions(input_shape)
+
+    def thin_layers(self, rank, slices=1):
+        dtype = self.layer.dtype_policy
+        options = self._options("input_dim", "mask_zero")
+        return [
+            keras.layers.Embedding(
+                output_dim=rank, dtype=dtype, name="down", **options
+            ),
+            keras.layers.Dense(
+                self.layer.output_dim, use_bias=False, dtype=dtype, name="up"
+            ),
+        ]
+
     def _sizes(self):
         return self.layer.input_dim, self.layer.output_dim
 
@@ -26,6 +48,13 @@ class EmbeddingView(KernelView):
 
 class ReversibleEmbeddingView(EmbeddingView):
     """A table that is also the output projection: `x K^T` in reverse."""
+
+    def thin_layers(self, rank, slices=1):
+        raise ValueError(
+            f"Layer '{self.layer.name}' is a ReversibleEmbedding, which runs "
+            "in two directions. Expected a layer that a pair can replace: "
+            "exclude it."
+        )
 
     def apply(self, inputs, a, b, reverse=False):
         if not reverse:

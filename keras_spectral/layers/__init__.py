@@ -5,6 +5,7 @@ from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.conditional_spectral import ConditionalSpectralDense
 from keras_spectral.layers.conv_lora import ConvLoRA
 from keras_spectral.layers.decaying_lora import DecayingLoRA
+from keras_spectral.layers.dylora import DyLoRADense
 from keras_spectral.layers.gated_spectral import GatedSpectralDense
 from keras_spectral.layers.lora import LoRADense
 from keras_spectral.layers.spectral import SpectralDense
@@ -15,6 +16,7 @@ __all__ = [
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
+    "DyLoRADense",
     "GatedSpectralDense",
     "LoRADense",
     "SpectralDense",

@@ -1,0 +1,17 @@
+"""Smaller models: factorised layers, rank allocation, weight transfer."""
+
+from keras_spectral.compression.compress import compress_model
+from keras_spectral.compression.report import CompressionReport
+from keras_spectral.compression.report import compression_report
+from keras_spectral.compression.search import search_rank
+from keras_spectral.compression.transfer import finalize_transfer
+from keras_spectral.kernels import LowRank
+
+__all__ = [
+    "CompressionReport",
+    "LowRank",
+    "compress_model",
+    "compression_report",
+    "finalize_transfer",
+    "search_rank",
+]

@@ -1,0 +1,288 @@
+"""A smaller copy of a model: every kernel as a pair of thin ones."""
+
+import re
+import time
+
+import keras
+from keras import ops
+
+from keras_spectral.compression import ranks
+from keras_spectral.compression.report import CompressedLayer
+from keras_spectral.compression.report import CompressionReport
+from keras_spectral.compression.report import count
+from keras_spectral.compression.report import keep_report
+from keras_spectral.compression.saved import copy_model
+from keras_spectral.compression.saved import plain_config
+from keras_spectral.compression.saved import put_low_rank
+from keras_spectral.kernels import KernelView
+from keras_spectral.kernels import LowRank
+from keras_spectral.kernels import kernel_view
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.linalg import truncated_svd
+from keras_spectral.select import Target
+from keras_spectral.select import describe
+from keras_spectral.select import kept_places
+from keras_spectral.select import places
+from keras_spectral.select import select
+from keras_spectral.spectra import LateProgress
+from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import freeze_all_but
+from keras_spectral.wrap import wrap_model
+
+
+def compress_model(
+    model: keras.Model,
+    ratio: float | None = None,
+    *,
+    budget: int | None = None,
+    max_error: float | None = None,
+    method: str = "alds",
+    target: Target | None = None,
+    exclude: Target | None = None,
+    keep_ends: bool = False,
+    recover: str | None = None,
+    recover_rank: int = 8,
+) -> keras.Model:
+    """Returns a smaller model whose kernels are truncated by SVD.
+
+    Each kernel K (n_in x n_out) becomes a pair of thin layers of rank r with
+    `r (n_in + n_out)` weights; where that is not fewer, the layer stays as it
+    is. The model given is not touched. How ranks are chosen:
+
+    - `"uniform"`: the same share of weights in every kernel;
+    - `"energy"`: the same share of the sum of squared singular values;
+    - `"global"`: all singular values above one share of each kernel's
+      largest;
+    - `"alds"`: convolutions are cut into slices of their input channels with
+      a pair each (a grouped convolution and a 1x1); slices and ranks are
+      chosen so that the largest relative error of all layers is smallest.
+
+    Source: ALDS: Liebenwein et al. 2021, arXiv 2107.11442, with the factor
+    sqrt(slices) that makes its error a bound.
+
+    Args:
+        model: Any built Keras or KerasHub model that can be saved.
+        ratio: Share of the chosen kernels' weights to remove, above 0 and
+            below 1, or
+        budget: how many weights the whole model may have, or
+        max_error: the largest error bound of a layer: the spectral norm of
+            what is dropped, over the kernel's, above 0 and below 1.
+        method: How ranks are chosen.
+        target: Which layers, as for `wrap_model`. Defaults to all that can
+            be factorised but embeddings.
+        exclude: Which layers not; the same forms.
+        keep_ends: Whether the first and the last of them stay as they are.
+        recover: How it is going to be trained: None, as the model was;
+            `"train"`, the factors alone; `"lora"`, a LoRA of `recover_rank`
+            on frozen factors, which have as much less rank. A later
+            `finalize_transfer` makes one pair of both.
+        recover_rank: Rank of that LoRA.
+
+    Returns:
+        The new model, made of plain Keras layers and `LowRank` ones.
+        `compression_report` says what happened to each layer.
+
+    Raises:
+        ValueError: A bad option; a budget that cannot be met; nothing to
+            compress; adapters or quantised kernels in the model; a model
+            that is not built or that Keras cannot save.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((64,)), keras.layers.Dense(64, name="hidden"),
+    ...      keras.layers.Dense(8, name="head")]
+    ... )
+    >>> small = compress_model(model, ratio=0.5, exclude="head")
+    >>> small.get_layer("hidden").down.units
+    16
+    """
+    start = time.monotonic()
+    check_choice(method, "method", tuple(ranks.RULES))
+    check_choice(recover, "recover", (None, "train", "lora"))
+    check_rank(recover_rank, "recover_rank")
+    _check_goal(ratio, budget, max_error)
+    chosen = _chosen(model, target, exclude, keep_ends)
+    views = [kernel_view(place.layer) for place in chosen]
+    spectra = [_spectrum(*x) for x in _shown(chosen, views, method)]
+    if budget is not None:
+        budget = int(budget) - count(model) + sum(s.weights for s in spectra)
+    if ratio is not None:
+        budget = int((1 - ratio) * sum(s.weights for s in spectra))
+    choices = ranks.allocate(spectra, method, budget, max_error)
+    plan = {
+        place.key: choice
+        for place, choice in zip(chosen, choices)
+        if choice.rank is not None
+    }
+    small = copy_model(model)
+    spared = recover_rank if recover == "lora" else 0
+    _factorize(small, plan, spared)
+    if recover is not None:
+        _prepare_recovery(small, plan, recover, spared)
+    rows = [_row(*x) for x in zip(chosen, views, spectra, choices)]
+    saved = sum(row.weights[0] - row.weights[1] for row in rows)
+    weights = (count(model), count(model) - saved)
+    seconds = time.monotonic() - start
+    keep_report(small, CompressionReport(tuple(rows), weights, seconds))
+    return small
+
+
+def low_rank_layer(view: KernelView, a, b, name: str | None = None) -> LowRank:
+    """A built pair of layers that does a layer's work with kernel A B.
+
+    Args:
+        view: The view of the layer that it is to replace.
+        a: Tensor (parts, rows, rank).
+        b: Tensor (parts, rank, columns).
+        name: Defaults to the layer's.
+    """
+    base = view.layer
+    down, up = view.thin_layers(a.shape[-1], a.shape[0])
+    name = name or base.name
+    layer = LowRank(down, up, name=name, dtype=base.dtype_policy)
+    layer.build(base.get_build_config()["input_shape"])
+    grouped = b.shape[-1] < view.n_out
+    stacked = ops.reshape(b, (-1, view.n_out))
+    kernel_view(down).assign(_block_diagonal(a))
+    kernel_view(up).assign(_block_diagonal(b) if grouped else stacked)
+    bias = getattr(base, "bias", None)
+    if bias is not None:
+        up.bias.assign(bias)
+    return layer
+
+
+def _block_diagonal(blocks):
+    """A matrix with the blocks (parts, rows, columns) on its diagonal."""
+    parts, rows, columns = blocks.shape
+    matrix = ops.einsum("prc,pq->prqc", blocks, ops.eye(parts))
+    return ops.reshape(matrix, (parts * rows, parts * columns))
+
+
+def _check_goal(ratio, budget, max_error):
+    given = {"ratio": ratio, "budget": budget, "max_error": max_error}
+    given = {k: value for k, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"Received {given or 'no goal'}. Expected exactly one of `ratio`, "
+            "`budget` and `max_error`."
+        )
+    name, value = next(iter(given.items()))
+    if name == "budget":
+        check_rank(value, name)
+    elif isinstance(value, bool) or not 0 < value < 1:
+        raise ValueError(
+            f"Received {name}={value!r}. Expected a number above 0 and below 1."
+        )
+
+
+def _chosen(model, target, exclude, keep_ends):
+    """The places to compress, after all checks."""
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            f"Received {model!r}. Expected a built Keras model: call it on a "
+            "batch or use `build(input_shape)` first."
+        )
+    if adapter_places(model):
+        raise ValueError(
+            f"Model '{model.name}' has adapters. Expected a plain one: merge "
+            "or unwrap it first."
+        )
+    found = places(model)
+    chosen = select(model, found, target or _is_no_table, exclude)
+    chosen = [p for p in chosen if not isinstance(p.layer, LowRank)]
+    if keep_ends:
+        chosen = chosen[1:-1]
+    if not chosen:
+        raise ValueError(
+            f"Nothing is left to compress in model '{model.name}': "
+            f"{describe(found)}."
+        )
+    for place in chosen:
+        view = kernel_view(place.layer)
+        view.check_assignable()
+        view.thin_layers(1)
+    return chosen
+
+
+def _is_no_table(layer):
+    return not isinstance(layer, keras.layers.Embedding)
+
+
+def _shown(chosen, views, method):
+    """The arguments of `_spectrum`, with progress where it takes long."""
+    with LateProgress("singular values", len(chosen)) as progress:
+        for place, view in zip(chosen, views):
+            yield place, view, method
+            progress.advance(1)
+
+
+def _spectrum(place, view, method):
+    matrix = view.matrix()
+    slicings = view.slicings() if method == "alds" else [1]
+    values = {
+        n: ops.convert_to_numpy(
+            ops.svd(view.parts(matrix, n), compute_uv=False)
+        )
+        for n in slicings
+    }
+    return ranks.Spectrum(
+        place.path,
+        values,
+        view.num_weights,
+        {n: view.pair_weights(1, n) for n in slicings},
+        float(values[1].max()),
+    )
+
+
+def _factorize(small, plan, spared):
+    """Puts pairs in place of a copy's layers, `spared` ranks smaller."""
+    by_key = {place.key: place.layer for place in places(small)}
+    swaps = {}
+    with LateProgress("factorising kernels", len(plan)) as progress:
+        for key, choice in plan.items():
+            layer = by_key[key]
+            view = kernel_view(layer)
+            rank = max(1, choice.rank - spared)
+            parts = view.parts(view.matrix(), choice.slices)
+            u, s, v = truncated_svd(parts, rank)
+            root = ops.sqrt(s)[..., None, :]
+            b = ops.swapaxes(v * root, -1, -2)
+            swaps[layer] = low_rank_layer(view, u * root, b)
+            swaps[layer].trainable = layer.trainable
+            progress.advance(1)
+    put_low_rank(small, swaps, plain_config(small, swaps))
+
+
+def _prepare_recovery(small, plan, recover, spared):
+    """Freezes all but what is to restore what was lost."""
+    found = places(small)
+    if recover == "train":
+        factorised = [p.layer for p in found if p.key in plan]
+        halves = [half for x in factorised for half in (x.down, x.up)]
+        heads = [p.layer for p in kept_places(small, found, None)]
+        freeze_all_but(small, [*factorised, *halves, *heads])
+        return
+    ranks_left = {
+        re.escape(p.path): {"rank": min(spared, plan[p.key].rank - 1)}
+        for p in found
+        if p.key in plan and plan[p.key].rank > 1
+    }
+    if ranks_left:
+        names = list(ranks_left)
+        wrap_model(small, "lora", target=names, overrides=ranks_left)
+
+
+def _row(place, view, spectrum, choice):
+    shape = place.layer.get_build_config()["input_shape"]
+    return CompressedLayer(
+        place.path,
+        type(place.layer).__name__,
+        (view.n_in, view.n_out),
+        choice.rank,
+        choice.slices,
+        (spectrum.weights, spectrum.size(choice)),
+        (view.flops(shape), view.flops(shape, choice.rank, choice.slices)),
+        spectrum.error(choice),
+    )

@@ -1,0 +1,239 @@
+"""How many singular values each layer keeps: pure functions on spectra."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import numpy as np
+
+_HALVINGS = 60
+_SEEDS = 15
+_ROUNDS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """What rank allocation has to know of one layer.
+
+    Attributes:
+        name: For messages.
+        values: For each number of slices the singular values of the parts
+            that are factored apart (parts, m), descending.
+        weights: Numbers in the kernel.
+        per_rank: For each number of slices what one rank costs in weights.
+        norm: The kernel's largest singular value.
+    """
+
+    name: str
+    values: dict[int, np.ndarray]
+    weights: int
+    per_rank: dict[int, int]
+    norm: float
+
+    def error(self, choice: "Choice") -> float:
+        """Bound of the spectral norm of what is dropped, over the kernel's.
+
+        `sqrt(slices) * max over parts of sigma_(rank + 1) / sigma_1(K)`.
+        """
+        if choice.rank is None:
+            return 0.0
+        return float(self.errors(choice.slices)[choice.rank - 1])
+
+    def errors(self, slices: int) -> np.ndarray:
+        """The same for ranks 1 to m."""
+        values = self.values[slices]
+        beyond = np.append(values[:, 1:].max(axis=0), 0.0)
+        return math.sqrt(slices) * beyond / max(self.norm, 1e-30)
+
+    def size(self, choice: "Choice") -> int:
+        """Numbers that are left of the kernel."""
+        if choice.rank is None:
+            return self.weights
+        return choice.rank * self.per_rank[choice.slices]
+
+    def choice(self, rank: int, slices: int = 1) -> "Choice":
+        """This rank, at least 1, or none where the layer would not shrink."""
+        found = Choice(max(1, int(rank)), slices)
+        return found if self.size(found) < self.weights else LEAVE
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What becomes of one layer; without a rank it stays as it is."""
+
+    rank: int | None
+    slices: int = 1
+
+
+LEAVE = Choice(None)
+Rule = Callable[[Spectrum, float], Choice]
+
+
+def uniform(spectrum: Spectrum, level: float) -> Choice:
+    """The same share of each kernel's weights."""
+    return spectrum.choice(level * spectrum.weights / spectrum.per_rank[1])
+
+
+def energy(spectrum: Spectrum, level: float) -> Choice:
+    """The same share of the sum of squared singular values."""
+    squares = (spectrum.values[1].astype("float64") ** 2).sum(axis=0)
+    total = np.cumsum(squares)
+    wanted = level * total[-1]
+    return spectrum.choice(1 + np.searchsorted(total, wanted * (1 - 1e-12)))
+
+
+def largest(spectrum: Spectrum, level: float) -> Choice:
+    """All singular values above `1 - level` of the layer's largest."""
+    kept = spectrum.values[1] > (1 - level) * spectrum.norm
+    return spectrum.choice(kept.sum(axis=1).max())
+
+
+def alds(spectrum: Spectrum, level: float) -> Choice:
+    """The cheapest slicing and rank whose error is at most `1 - level`."""
+    found = [
+        _fitting(spectrum, spectrum.errors(count), count, level)
+        for count in spectrum.values
+    ]
+    return min(found, key=spectrum.size)
+
+
+RULES: dict[str, Rule] = {
+    "uniform": uniform,
+    "energy": energy,
+    "global": largest,
+    "alds": alds,
+}
+
+
+def allocate(
+    spectra: Sequence[Spectrum],
+    method: str,
+    budget: int | None = None,
+    max_error: float | None = None,
+    seed: int = 0,
+) -> list[Choice]:
+    """Chooses a rank and a number of slices for every layer.
+
+    Every rule has one level for all layers, from 0 (rank 1) to 1 (all). The
+    level is found by bisection.
+
+    Args:
+        spectra: The layers.
+        method: `"uniform"`, `"energy"`, `"global"` or `"alds"`.
+        budget: At most so many weights in all their kernels, or
+        max_error: at most this error bound in each layer.
+        seed: Of ALDS's random starts.
+
+    Raises:
+        ValueError: Rank 1 everywhere is still beyond the budget.
+    """
+    rule = RULES[method]
+
+    def plan(level):
+        return [rule(spectrum, level) for spectrum in spectra]
+
+    if max_error is not None:
+
+        def exact(choices):
+            return worst_error(spectra, choices) <= max_error
+
+        return plan(_bisect(lambda level: not exact(plan(level)))[1])
+    smallest = plan(0.0)
+    if total_size(spectra, smallest) > budget:
+        raise ValueError(
+            f"At rank 1 everywhere {total_size(spectra, smallest):,} weights "
+            f"are left, and {budget:,} were asked for. Expected a larger "
+            "budget, or more layers to compress."
+        )
+    if method == "alds":
+        return _alternate(spectra, budget, np.random.default_rng(seed))
+    return _within(spectra, plan, budget)
+
+
+def total_size(spectra: Sequence[Spectrum], choices: Sequence[Choice]) -> int:
+    """Numbers left in all kernels."""
+    return sum(s.size(choice) for s, choice in zip(spectra, choices))
+
+
+def worst_error(
+    spectra: Sequence[Spectrum], choices: Sequence[Choice]
+) -> float:
+    """The largest error bound."""
+    return max(s.error(choice) for s, choice in zip(spectra, choices))
+
+
+def _bisect(is_low):
+    """The last level that is low and the first that is not, or 0 and 1."""
+    low, high = 0.0, 1.0
+    if not is_low(low):
+        return low, low
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_low(middle) else (low, middle)
+    return low, high
+
+
+def _within(spectra, plan, budget):
+    """The plan of the highest level that meets the budget."""
+    level, _ = _bisect(lambda x: total_size(spectra, plan(x)) <= budget)
+    return plan(level)
+
+
+def _alternate(spectra, budget, rng):
+    """ALDS: slicings from several starts, each improved until it stands.
+
+    In turn: with all slicings fixed, the smallest common error that meets
+    the budget; then for each layer the slicing with the smallest error at
+    the size that it got.
+    """
+    tables = [_tables(spectrum) for spectrum in spectra]
+    starts = [[1] * len(spectra)] + [
+        [int(rng.choice(list(s.values))) for s in spectra]
+        for _ in range(_SEEDS)
+    ]
+    plans = []
+    for slicing in starts:
+        for _ in range(_ROUNDS):
+
+            def plan(level, slicing=slicing):
+                rows = zip(spectra, tables, slicing)
+                return [_fitting(s, t[k], k, level) for s, t, k in rows]
+
+            if total_size(spectra, plan(0.0)) > budget:
+                break
+            choices = _within(spectra, plan, budget)
+            plans.append(choices)
+            better = [
+                _best_slicing(s, t, c, k)
+                for s, t, c, k in zip(spectra, tables, choices, slicing)
+            ]
+            if better == slicing:
+                break
+            slicing = better
+    return min(
+        plans,
+        key=lambda p: (worst_error(spectra, p), -total_size(spectra, p)),
+    )
+
+
+def _tables(spectrum):
+    return {count: spectrum.errors(count) for count in spectrum.values}
+
+
+def _fitting(spectrum, errors, slices, level):
+    """The smallest rank of a slicing whose error is at most `1 - level`."""
+    # Errors fall with the rank.
+    rank = len(errors) - np.searchsorted(errors[::-1], 1 - level, "right") + 1
+    return spectrum.choice(min(rank, len(errors)), slices)
+
+
+def _best_slicing(spectrum, tables, choice, slices):
+    if choice.rank is None:
+        return slices
+    size, best = spectrum.size(choice), (spectrum.error(choice), slices)
+    for count, errors in tables.items():
+        rank = min(size // spectrum.per_rank[count], len(errors))
+        if rank:
+            best = min(best, (float(errors[rank - 1]), count))
+    return best[1]

@@ -1,0 +1,155 @@
+"""What compression did to each layer, as data and as a table."""
+
+import dataclasses
+import math
+import weakref
+
+import keras
+import rich.console
+import rich.table
+
+_REPORTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedLayer:
+    """One layer that was looked at; `rank` is None where it was left alone.
+
+    Attributes:
+        path: Where it is.
+        kind: Class of the original.
+        shape: n_in x n_out of its kernel as a matrix.
+        rank: Singular values kept, in each slice.
+        slices: Slices of the input with a pair of their own (ALDS).
+        weights: Numbers in its kernel before and after.
+        flops: Floating point operations of its kernel for one example
+            before and after, a multiplication and an addition being two.
+            Sizes that are not known, as those of sequences, count as 1.
+        error: Bound of the spectral norm of what was dropped, over the
+            kernel's; the larger, the more can be lost.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int | None
+    slices: int
+    weights: tuple[int, int]
+    flops: tuple[int, int]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionReport:
+    """What `compress_model` did.
+
+    Attributes:
+        layers: The layers that it looked at, in the model's order.
+        weights: All weights of the whole model before and after.
+        seconds: How long it took.
+    """
+
+    layers: tuple[CompressedLayer, ...]
+    weights: tuple[int, int]
+    seconds: float
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """Sums over the layers."""
+        before, after = zip(*(layer.flops for layer in self.layers))
+        return sum(before), sum(after)
+
+    def __repr__(self) -> str:
+        changed = sum(layer.rank is not None for layer in self.layers)
+        before, after = self.weights
+        return (
+            f"CompressionReport({changed} of {len(self.layers)} layers "
+            f"factorised, {before:,} to {after:,} weights)"
+        )
+
+    def __rich__(self) -> rich.table.Table:
+        table = rich.table.Table(
+            title=f"{_percent(self.weights)} fewer weights, "
+            f"{_percent(self.flops)} fewer FLOPs",
+            caption="before > after; k 10^3, M 10^6, G 10^9, T 10^12",
+        )
+        table.add_column("layer", overflow="fold", ratio=1)
+        for name in ("matrix", "rank", "slices", "weights", "FLOPs", "error"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for layer in self.layers:
+            kept = layer.rank is None
+            table.add_row(
+                layer.path,
+                "{} x {}".format(*layer.shape),
+                "full" if kept else str(layer.rank),
+                "" if kept else str(layer.slices),
+                _change(layer.weights),
+                _change(layer.flops),
+                f"{layer.error:.3f}",
+            )
+        table.add_section()
+        table.add_row(
+            "whole model",
+            "",
+            "",
+            "",
+            _change(self.weights),
+            _change(self.flops),
+            f"{max(layer.error for layer in self.layers):.3f}",
+        )
+        return table
+
+
+def compression_report(
+    model: keras.Model, console: rich.console.Console | None = None
+) -> CompressionReport:
+    """Prints what `compress_model` did to each layer of the model it made.
+
+    Args:
+        model: A model that `compress_model` returned in this process.
+        console: Where to print; a new rich console by default.
+
+    Returns:
+        The same as data.
+
+    Raises:
+        ValueError: The model was not made by `compress_model`, or loaded
+            from a file.
+    """
+    if model not in _REPORTS:
+        raise ValueError(
+            f"There is no report for model '{model.name}'. Expected a model "
+            "that `compress_model` has returned in this process."
+        )
+    report = _REPORTS[model]
+    (console or rich.console.Console()).print(report)
+    return report
+
+
+def keep_report(model: keras.Model, report: CompressionReport) -> None:
+    """Remembers it for as long as the model lives."""
+    _REPORTS[model] = report
+
+
+def count(model: keras.Model) -> int:
+    """All weights of a model."""
+    return sum(math.prod(weight.shape) for weight in model.weights)
+
+
+def _change(pair):
+    before, after = map(_short, pair)
+    return before if before == after else f"{before} > {after}"
+
+
+def _short(number):
+    """Three digits and a thousands letter."""
+    for letter in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g}{letter}"
+        number /= 1000
+    return f"{number:,.3g}T"
+
+
+def _percent(pair):
+    before, after = pair
+    return f"{100 * (1 - after / max(before, 1)):.1f} %"

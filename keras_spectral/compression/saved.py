@@ -1,0 +1,154 @@
+"""Copies of models, and how models with exchanged layers are saved."""
+
+import pathlib
+import tempfile
+from collections.abc import Iterable
+
+import keras
+
+from keras_spectral import surgery
+from keras_spectral.kernels import LowRank
+from keras_spectral.select import places
+
+_PACKAGE, _NAME = "keras_spectral", "CompressedModel"
+_PLAIN = (keras.Model, keras.Sequential)
+
+
+def copy_model(model: keras.Model) -> keras.Model:
+    """An equal model with weights of its own, through Keras's own format.
+
+    Raises:
+        ValueError: Keras cannot restore the model from a file.
+    """
+    classes = {type(place.layer) for place in places(model)} | {type(model)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "model.keras")
+        try:
+            model.save(path, include_optimizer=False)
+            return keras.saving.load_model(
+                path,
+                custom_objects={kind.__name__: kind for kind in classes},
+                compile=False,
+                safe_mode=False,
+            )
+        except Exception as error:
+            raise ValueError(
+                f"Keras cannot restore model '{model.name}' "
+                f"({type(model).__name__}) from a `.keras` file: {error} "
+                "Expected one that `model.save` and `load_model` can handle; "
+                "a class of your own needs `get_config`."
+            ) from error
+
+
+def plain_config(
+    model: keras.Model, layers: Iterable[keras.layers.Layer]
+) -> dict | None:
+    """The serialised model, if it cannot save factorised layers by itself.
+
+    A model that is more than a graph of layers rebuilds its inner layers
+    from its own configuration, which knows nothing of exchanged ones.
+
+    Args:
+        model: A plain model.
+        layers: Those of its layers that are going to be exchanged.
+
+    Raises:
+        ValueError: The model's configuration cannot be read.
+    """
+    if isinstance(model, _Compressed):
+        return model._config_before
+    if {id(layer) for layer in layers} <= _graph_layers(model):
+        return None
+    try:
+        config = keras.saving.serialize_keras_object(model)
+    except Exception as error:
+        raise ValueError(
+            f"The configuration of model '{model.name}' cannot be read: "
+            f"{error} Expected a class with `get_config`."
+        ) from error
+    config.pop("compile_config", None)  # the whole model has its own
+    return config
+
+
+def put_low_rank(
+    model: keras.Model,
+    swaps: dict[keras.layers.Layer, LowRank],
+    config: dict | None,
+) -> None:
+    """Puts factorised layers in place, so that the model can be saved.
+
+    Args:
+        model: The model.
+        swaps: `{layer: factorised layer}`.
+        config: What `plain_config` gave for it. With it, the model gets a
+            class of its own that saves factorised layers beside it.
+    """
+    models = surgery.replace_layers(model, swaps, renew_optimizers=True)
+    surgery.forget_compiled(models)
+    if config is not None:
+        _become_compressed(model, config)
+
+
+class _Compressed:
+    """What a model with exchanged inner layers is saved as.
+
+    Its configuration holds that of the model before, and each factorised
+    layer with its path.
+    """
+
+    def get_config(self):
+        save = keras.saving.serialize_keras_object
+        return {
+            "base": self._config_before,
+            "low_rank": {
+                place.key: save(place.layer)
+                for place in places(self)
+                if isinstance(place.layer, LowRank)
+            },
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        load = keras.saving.deserialize_keras_object
+        model = load(config["base"], custom_objects)
+        by_key = {place.key: place.layer for place in places(model)}
+        swaps = {}
+        for key, entry in config["low_rank"].items():
+            if key not in by_key:
+                raise ValueError(
+                    f"The file names a factorised layer at '{key}', which "
+                    f"model '{model.name}' lacks."
+                )
+            layer = load(entry, custom_objects)
+            shape = by_key[key].get_build_config()["input_shape"]
+            if not layer.built:
+                layer.build(shape)
+            swaps[by_key[key]] = layer
+        surgery.replace_layers(model, swaps)
+        return _become_compressed(model, config["base"])
+
+
+def _become_compressed(model, config):
+    """Gives a model the class that saves its factorised layers."""
+    kind = type(model)
+    if not issubclass(kind, _Compressed):
+        kind = type(_NAME, (_Compressed, kind), {"__module__": __name__})
+        # All these classes share `from_config`, so the last one stands for
+        # every one of them.
+        keras.saving.register_keras_serializable(_PACKAGE, _NAME)(kind)
+        model.__class__ = kind
+    object.__setattr__(model, "_config_before", config)
+    return model
+
+
+def _graph_layers(model):
+    """Layers that plain graphs of layers save themselves."""
+    found = set()
+    if type(model) in _PLAIN or type(model).__name__ == "Functional":
+        for layer in model.layers:
+            found |= {id(layer)} | _graph_layers(layer)
+    return found
+
+
+# A file may be loaded before any model was compressed here.
+keras.saving.register_keras_serializable(_PACKAGE, _NAME)(_Compressed)

@@ -1,0 +1,486 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import keras_hub
+import layer_cases
+import numpy as np
+import pytest
+import rich.console
+from keras import ops
+
+import keras_spectral as ks
+from keras_spectral.compression import ranks
+from keras_spectral.compression.compress import low_rank_layer
+from keras_spectral.kernels import kernel_view
+from keras_spectral.linalg import truncated_svd
+
+QUIET = rich.console.Console(quiet=True)
+METHODS = tuple(ranks.RULES)
+# Grouped convolutions run but do not train on TensorFlow's CPU.
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+
+
+def _numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def _pair(view, rank, slices=1):
+    u, s, v = truncated_svd(view.parts(view.matrix(), slices), rank)
+    return u * s[..., None, :], ops.swapaxes(v, -1, -2)
+
+
+def _built(case):
+    keras.utils.set_random_seed(0)
+    layer = case.make()
+    layer(case.inputs())
+    if getattr(layer, "bias", None) is not None:
+        rng = np.random.default_rng(1)
+        layer.bias.assign(rng.normal(size=layer.bias.shape))
+    return layer
+
+
+def _image_model():
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    inputs = keras.Input((8, 8, 4), name="image")
+    x = layers.Conv2D(16, 3, padding="same", name="first")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    y = layers.Conv2D(16, 3, padding="same", activation="relu", name="twin")(x)
+    x = layers.Add(name="add")([x, y])
+    x = layers.Conv2D(24, 3, strides=2, name="down")(x)
+    x = layers.Flatten(name="flat")(x)
+    outputs = layers.Dense(10, name="head")(x)
+    return keras.Model(inputs, outputs, name="image_model")
+
+
+def _images(count=5):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(count, 8, 8, 4)).astype("float32")
+
+
+def _classifier():
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=40,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=8,
+    )
+    return keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None
+    )
+
+
+def _tokens():
+    rng = np.random.default_rng(0)
+    return {
+        "token_ids": rng.integers(1, 40, (3, 6)),
+        "segment_ids": np.zeros((3, 6), int),
+        "padding_mask": np.ones((3, 6), int),
+    }
+
+
+def _snapshot(model):
+    return [w.numpy().copy() for w in model.weights]
+
+
+@pytest.mark.parametrize("case", layer_cases.ALL, ids=lambda c: c.name)
+def test_full_rank_equals_the_layer(case, tmp_path):
+    layer = _built(case)
+    view = kernel_view(layer)
+    thin = low_rank_layer(view, *_pair(view, view.max_rank))
+    x = case.inputs()
+    np.testing.assert_allclose(
+        _numpy(thin(x)), _numpy(layer(x)), atol=1e-5, rtol=1e-5
+    )
+    assert thin.compute_output_shape(x.shape) == tuple(layer(x).shape)
+    kernels = [kernel_view(half).num_weights for half in (thin.down, thin.up)]
+    assert sum(kernels) == view.pair_weights(view.max_rank)
+    model = keras.Sequential([keras.Input(x.shape[1:], dtype=x.dtype), thin])
+    model.save(tmp_path / "thin.keras")
+    again = keras.saving.load_model(tmp_path / "thin.keras")
+    np.testing.assert_array_equal(_numpy(again(x)), _numpy(model(x)))
+
+
+@pytest.mark.parametrize("case", layer_cases.ALL, ids=lambda c: c.name)
+def test_a_low_rank_layer_is_its_matrix(case):
+    """Rank 2, against the layer itself with that kernel."""
+    layer = _built(case)
+    view = kernel_view(layer)
+    a, b = _pair(view, min(2, view.max_rank))
+    thin = low_rank_layer(view, a, b)
+    x = case.inputs()
+    got = _numpy(thin(x))
+    matrix = kernel_view(thin).matrix()
+    view.assign(matrix)
+    np.testing.assert_allclose(got, _numpy(layer(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_slices_of_the_input_channels(slices):
+    """Each slice's own truncated SVD, summed, in numpy."""
+    keras.utils.set_random_seed(0)
+    layer = keras.layers.Conv2D(6, 3, strides=2, padding="same")
+    x = _images(2)
+    layer(x)
+    view = kernel_view(layer)
+    assert view.slicings() == [1, 2, 4]
+    thin = low_rank_layer(view, *_pair(view, 2, slices))
+    kernel = np.float64(layer.kernel.numpy())
+    cut = np.zeros_like(kernel)
+    width = 4 // slices
+    for i in range(slices):
+        part = kernel[:, :, i * width : (i + 1) * width]
+        u, s, v = np.linalg.svd(part.reshape(-1, 6), full_matrices=False)
+        low = (u[:, :2] * s[:2]) @ v[:2]
+        cut[:, :, i * width : (i + 1) * width] = low.reshape(part.shape)
+    got = _numpy(thin(x))
+    layer.kernel.assign(cut)
+    np.testing.assert_allclose(got, _numpy(layer(x)), atol=1e-5)
+    assert thin.down.kernel.shape == (3, 3, width, 2 * slices)
+    assert sum(int(np.prod(w.shape)) for w in thin.weights) == (
+        view.pair_weights(2, slices) + 6
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compression_keeps_the_model_and_meets_the_ratio(method):
+    model = _image_model()
+    model.compile("adam", "mse")
+    before, layers = _snapshot(model), list(model.layers)
+    expected = model.predict(_images(), verbose=0)
+    small = ks.compress_model(model, ratio=0.4, method=method)
+    for old, new in zip(before, _snapshot(model)):
+        np.testing.assert_array_equal(old, new)
+    assert model.layers == layers and model.optimizer is not None
+    np.testing.assert_array_equal(model.predict(_images(), verbose=0), expected)
+    report = ks.compression_report(small, QUIET)
+    kernels = [np.array(layer.weights) for layer in report.layers]
+    kept, left = np.sum(kernels, axis=0)
+    assert 0.3 * kept < left <= 0.6 * kept
+    assert report.weights == (model.count_params(), small.count_params())
+    got = small.predict(_images(), verbose=0)
+    assert got.shape == expected.shape and np.isfinite(got).all()
+    assert type(small) is type(model)
+
+
+def test_the_report_is_true():
+    model = _image_model()
+    small = ks.compress_model(model, max_error=0.5, exclude="head")
+    report = ks.compression_report(small, QUIET)
+    assert [x.path for x in report.layers] == ["first", "twin", "down"]
+    positions = {"first": 64, "twin": 64, "down": 9}
+    for layer in report.layers:
+        old = kernel_view(model.get_layer(layer.path))
+        new = kernel_view(small.get_layer(layer.path))
+        assert layer.shape == (old.n_in, old.n_out)
+        assert layer.error <= 0.5
+        if layer.rank is not None:
+            pair = small.get_layer(layer.path)
+            size = pair.down.count_params() + int(np.prod(pair.up.kernel.shape))
+            assert layer.weights[1] == size < layer.weights[0]
+            assert pair.down.groups == layer.slices
+        assert layer.flops == tuple(
+            2 * positions[layer.path] * w for w in layer.weights
+        )
+    matched = [x for x in report.layers if x.slices == 1 and x.rank]
+    for layer in matched:
+        old = _numpy(kernel_view(model.get_layer(layer.path)).matrix())
+        new = _numpy(kernel_view(small.get_layer(layer.path)).matrix())
+        dropped = np.linalg.norm(old - new, 2) / np.linalg.norm(old, 2)
+        np.testing.assert_allclose(dropped, layer.error, atol=1e-5)
+    assert "factorised" in repr(report)
+
+
+def test_budget_counts_the_whole_model_and_ends_are_kept():
+    model = _image_model()
+    budget = model.count_params() - 4000
+    small = ks.compress_model(model, budget=budget, keep_ends=True)
+    assert budget - 600 < small.count_params() <= budget
+    assert isinstance(small.get_layer("first"), keras.layers.Conv2D)
+    assert isinstance(small.get_layer("head"), keras.layers.Dense)
+
+
+def test_nothing_shrinks_where_almost_all_is_kept():
+    model = _image_model()
+    small = ks.compress_model(model, max_error=1e-6)
+    report = ks.compression_report(small, QUIET)
+    assert all(layer.rank is None for layer in report.layers)
+    np.testing.assert_allclose(
+        small.predict(_images(), verbose=0),
+        model.predict(_images(), verbose=0),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("kind", ["graph", "hub"])
+def test_files_load_where_nothing_else_is_imported(kind, tmp_path):
+    model, x = (
+        (_image_model(), _images())
+        if kind == "graph"
+        else (_classifier(), _tokens())
+    )
+    small = ks.compress_model(model, ratio=0.3)
+    path, data = tmp_path / "small.keras", tmp_path / "data.npz"
+    small.save(path)
+    arrays = x if isinstance(x, dict) else {"image": x}
+    np.savez(data, expected=small.predict(x, verbose=0), **arrays)
+    program = f"""
+import keras, numpy as np
+import keras_spectral.compression
+data = dict(np.load({str(data)!r}))
+expected = data.pop("expected")
+model = keras.saving.load_model({str(path)!r})
+x = data if len(data) > 1 else data["image"]
+got = model.predict(x, verbose=0)
+np.testing.assert_allclose(got, expected, atol=1e-6)
+model.save({str(path)!r})
+print("loaded", model.count_params())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
+    assert f"loaded {small.count_params()}" in done.stdout, done.stderr[-2000:]
+    assert isinstance(small, type(model))
+
+
+@pytest.mark.skipif(not ON_TENSORFLOW, reason="SavedModel is TensorFlow's")
+def test_export(tmp_path):
+    import tensorflow as tf
+
+    small = ks.compress_model(_image_model(), ratio=0.4)
+    small.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    np.testing.assert_allclose(
+        loaded.serve(_images()).numpy(),
+        small.predict(_images(), verbose=0),
+        atol=1e-5,
+    )
+
+
+def test_recovery_by_lora_trains_and_becomes_one_pair(tmp_path):
+    model = _classifier()
+    small = ks.compress_model(
+        model, ratio=0.3, recover="lora", recover_rank=2, exclude="logits"
+    )
+    rows = ks.adapter_summary(small, QUIET).rows
+    adapted = [row for row in rows if row.method == "lora"]
+    report = ks.compression_report(small, QUIET)
+    ranks_of = {x.path: x.rank for x in report.layers if x.rank}
+    assert {row.path: row.rank for row in adapted} == {
+        path: min(2, rank - 1) for path, rank in ranks_of.items() if rank > 1
+    }
+    names = {w.name for w in small.trainable_weights}
+    assert names == {"lora_a", "lora_b", "kernel", "bias"}  # with the head
+    frozen = [w for w in small.weights if not w.trainable and w.name != "scale"]
+    before = [w.numpy().copy() for w in frozen]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    small.compile(keras.optimizers.Adam(0.01), loss)
+    history = small.fit(_tokens(), np.array([0, 1, 1]), epochs=4, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    for weight, old in zip(frozen, before):
+        if "seed" not in weight.name:
+            np.testing.assert_array_equal(weight.numpy(), old)
+    expected = small.predict(_tokens(), verbose=0)
+    ks.finalize_transfer(small)
+    np.testing.assert_allclose(
+        small.predict(_tokens(), verbose=0), expected, atol=1e-5
+    )
+    assert small.count_params() == report.weights[1]
+    small.save(tmp_path / "small.keras")
+    again = keras.saving.load_model(tmp_path / "small.keras", compile=False)
+    np.testing.assert_allclose(
+        again.predict(_tokens(), verbose=0), expected, atol=1e-5
+    )
+
+
+def test_recovery_by_training_the_factors():
+    model = _image_model()
+    small = ks.compress_model(
+        model, ratio=0.5, method="global", recover="train", exclude="head"
+    )
+    assert {w.path.split("/")[0] for w in small.trainable_weights} == {
+        "first",
+        "twin",
+        "down",
+    }
+    head = small.get_layer("head").kernel.numpy()
+    small.compile(keras.optimizers.Adam(0.01), "mse")
+    y = np.ones((5, 10))
+    losses = small.fit(_images(), y, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    np.testing.assert_array_equal(small.get_layer("head").kernel.numpy(), head)
+
+
+def test_sliced_layers_are_joined_with_an_adapter():
+    keras.utils.set_random_seed(0)
+    conv = keras.layers.Conv2D(6, 3, activation="relu", name="conv")
+    conv(_images())
+    view = kernel_view(conv)
+    thin = low_rank_layer(view, *_pair(view, 2, 2))
+    model = keras.Sequential([keras.Input((8, 8, 4)), thin])
+    plain = model.predict(_images(), verbose=0)
+    ks.wrap_model(model, "lora", target="conv", rank=3)
+    np.testing.assert_array_equal(model.predict(_images(), verbose=0), plain)
+    with pytest.raises(ValueError, match="finalize_transfer"):
+        ks.merge_model(model)
+    adapter = model.layers[0]
+    adapter.lora_b.assign(np.random.default_rng(0).normal(size=(3, 6)))
+    expected = model.predict(_images(), verbose=0)
+    ks.finalize_transfer(model)
+    assert model.layers[0].down.kernel.shape == (3, 3, 2, 10)
+    np.testing.assert_allclose(
+        model.predict(_images(), verbose=0), expected, atol=1e-5
+    )
+    assert np.abs(expected - plain).max() > 0.1
+
+
+@pytest.mark.parametrize("decay_bias", [False, True])
+@pytest.mark.parametrize("case", layer_cases.ALL, ids=lambda c: c.name)
+def test_finished_transfer_is_the_pair_alone(case, decay_bias):
+    if ON_TENSORFLOW and "groups" in case.name:
+        pytest.skip("TensorFlow has no grouped convolution on a CPU")
+    layer = _built(case)
+    layer.name = "base"
+    x = case.inputs()
+    model = keras.Sequential([keras.Input(x.shape[1:], dtype=x.dtype), layer])
+    options = {"end_step": 5, "decay_bias": decay_bias, "alpha": 3}
+    ks.wrap_model(model, "decaying_lora", target="base", rank=2, **options)
+    adapter = model.layers[0]
+    with pytest.raises(ValueError, match="factor is 1 at step 0 of 5"):
+        ks.finalize_transfer(model)
+    assert model.layers[0] is adapter
+    adapter.step.assign(5)
+    adapter.lora_b.assign(adapter.lora_b * 1.5)
+    expected = _numpy(model(x))
+    ks.finalize_transfer(model)
+    assert isinstance(model.layers[0], ks.LowRank)
+    np.testing.assert_allclose(_numpy(model(x)), expected, atol=1e-5)
+
+
+def test_adapters_find_factorised_layers_but_not_their_halves():
+    small = ks.compress_model(_classifier(), ratio=0.3)
+    ks.wrap_model(small, "spectral", target="all-linear", rank=1)
+    paths = [r.path for r in ks.adapter_summary(small, QUIET).rows if r.method]
+    assert len(paths) == 13 and not [p for p in paths if "/down" in p]
+    with ks.unwrapped(small):
+        pass
+    ks.unwrap_model(small)
+    ks.wrap_model(small, "lora", rank=2)  # query and value
+    assert len(ks.adapter_summary(small, QUIET).rows) == 4 + 1
+
+
+_UNBUILT = keras.Sequential([keras.layers.Dense(3)])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "exactly one of"),
+        ({"ratio": 0.5, "budget": 3}, "exactly one of"),
+        ({"ratio": 1.0}, "ratio=1.0"),
+        ({"ratio": 0}, "ratio=0"),
+        ({"ratio": True}, "ratio=True"),
+        ({"max_error": 1.5}, "max_error=1.5"),
+        ({"budget": 0.5}, "budget=0.5"),
+        ({"budget": 10}, "At rank 1 everywhere"),
+        ({"ratio": 0.999}, "At rank 1 everywhere"),
+        ({"ratio": 0.5, "method": "best"}, "method='best'"),
+        ({"ratio": 0.5, "recover": "all"}, "recover='all'"),
+        ({"ratio": 0.5, "recover_rank": 0}, "recover_rank=0"),
+        ({"ratio": 0.5, "target": "nothing"}, "Nothing in model"),
+        ({"ratio": 0.5, "target": "norm"}, "BatchNormalization"),
+        ({"ratio": 0.5, "target": "twin", "keep_ends": True}, "Nothing is"),
+    ],
+)
+def test_bad_input_is_refused(options, match):
+    model = _image_model()
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        ks.compress_model(model, **options)
+    for old, new in zip(before, _snapshot(model)):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_models_that_cannot_be_compressed():
+    with pytest.raises(ValueError, match="built Keras model"):
+        ks.compress_model(_UNBUILT, 0.5)
+    model = _image_model()
+    ks.wrap_model(model, "lora", target="head", rank=2)
+    with pytest.raises(ValueError, match="has adapters"):
+        ks.compress_model(model, 0.5)
+    with pytest.raises(ValueError, match="Expected a DecayingLoRA"):
+        ks.finalize_transfer(model)
+    ks.unwrap_model(model)
+    with pytest.raises(ValueError, match="no adapters"):
+        ks.finalize_transfer(model)
+    with pytest.raises(ValueError, match="no report"):
+        ks.compression_report(model, QUIET)
+    table = keras.layers.ReversibleEmbedding(9, 4, name="table")
+    tied = keras.Sequential([keras.Input((3,), dtype="int32"), table])
+    with pytest.raises(ValueError, match="two directions"):
+        ks.compress_model(tied, 0.5, target=keras.layers.ReversibleEmbedding)
+
+    class Secret(keras.Model):
+        def __init__(self, width):
+            super().__init__()
+            self.dense = keras.layers.Dense(width)
+
+        def call(self, x):
+            return self.dense(x)
+
+    secret = Secret(8)
+    secret(np.ones((2, 8)))
+    with pytest.raises(ValueError, match="needs `get_config`"):
+        ks.compress_model(secret, 0.5)
+
+
+def test_golden_convolution_at_full_rank():
+    root = os.environ.get("KERAS_SPECTRAL_GOLDEN", "golden")
+    path = pathlib.Path(root, "convlora_g1.npz")
+    if not path.exists():
+        pytest.skip("set KERAS_SPECTRAL_GOLDEN to the folder of golden files")
+    golden = np.load(path)
+    kernel = golden["W_oihw"].transpose(2, 3, 1, 0)
+    x = golden["x_nchw"].transpose(0, 2, 3, 1).astype("float32")
+    layer = keras.layers.Conv2D(kernel.shape[-1], kernel.shape[0], name="conv")
+    layer.build(x.shape)
+    layer.kernel.assign(kernel)
+    layer.bias.assign(golden["bias"])
+    view = kernel_view(layer)
+    for slices in view.slicings():
+        parts = view.parts(view.matrix(), slices)
+        pair = _pair(view, min(parts.shape[-2:]), slices)
+        thin = low_rank_layer(view, *pair)
+        np.testing.assert_allclose(_numpy(thin(x)), _numpy(layer(x)), atol=1e-5)
+
+
+def test_distillation_from_the_original():
+    model = _image_model()
+    small = ks.compress_model(model, ratio=0.6, method="global")
+    x = _images(64)
+    wanted = model.predict(x, verbose=0)
+    before = np.abs(small.predict(x, verbose=0) - wanted).mean()
+    distiller = keras.distillation.Distiller(
+        teacher=model,
+        student=small,
+        distillation_losses=keras.distillation.LogitsDistillation(),
+        student_loss_weight=0.0,
+    )
+    distiller.compile(
+        keras.optimizers.Adam(3e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    distiller.fit(x, wanted.argmax(axis=1), epochs=20, verbose=0)
+    agreed = (small.predict(x, verbose=0) - wanted).argmax(axis=1)
+    assert np.abs(small.predict(x, verbose=0) - wanted).mean() < before
+    assert agreed.shape == (64,)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), wanted)

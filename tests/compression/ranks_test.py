@@ -1,0 +1,123 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from keras_spectral.compression.ranks import LEAVE
+from keras_spectral.compression.ranks import RULES
+from keras_spectral.compression.ranks import Choice
+from keras_spectral.compression.ranks import Spectrum
+from keras_spectral.compression.ranks import allocate
+from keras_spectral.compression.ranks import total_size
+from keras_spectral.compression.ranks import worst_error
+
+
+def _spectrum(seed, n_in=24, n_out=16, slicings=(1, 2, 4)):
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(n_in, n_out)) * 0.8 ** np.arange(n_out)
+    values = {
+        n: np.linalg.svd(matrix.reshape(n, -1, n_out), compute_uv=False)
+        for n in slicings
+    }
+    per_rank = {n: n_in + n * n_out for n in slicings}
+    norm = values[1].max()
+    return Spectrum(f"l{seed}", values, n_in * n_out, per_rank, norm)
+
+
+def _all_choices(spectrum):
+    yield LEAVE
+    for n, values in spectrum.values.items():
+        for rank in range(1, values.shape[1] + 1):
+            if spectrum.choice(rank, n) is not LEAVE:
+                yield Choice(rank, n)
+
+
+def test_error_and_size_are_their_formulas():
+    spectrum = _spectrum(0)
+    for n, rank in itertools.product((1, 2, 4), (1, 3, 4)):
+        s = spectrum.values[n]
+        beyond = s[:, rank].max() if rank < s.shape[1] else 0.0
+        wanted = np.sqrt(n) * beyond / spectrum.values[1][0, 0]
+        choice = Choice(rank, n)
+        np.testing.assert_allclose(spectrum.error(choice), wanted)
+        assert spectrum.size(choice) == rank * (24 + n * 16)
+    assert spectrum.error(LEAVE) == 0 and spectrum.size(LEAVE) == 24 * 16
+
+
+def test_the_error_of_slices_bounds_the_spectral_norm():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(24, 16))
+    spectrum = _spectrum(0)
+    parts = matrix.reshape(4, 6, 16)
+    u, s, v = np.linalg.svd(parts, full_matrices=False)
+    values = {1: np.linalg.svd(matrix, compute_uv=False)[None], 4: s}
+    spectrum = Spectrum("x", values, 384, {1: 40, 4: 88}, values[1].max())
+    for rank in (1, 2, 4):
+        left = parts - (u[..., :rank] * s[:, None, :rank]) @ v[:, :rank]
+        size = np.linalg.norm(left.reshape(24, 16), 2) / values[1].max()
+        assert size <= spectrum.error(Choice(rank, 4)) + 1e-9
+
+
+def test_a_layer_that_would_grow_is_left():
+    spectrum = _spectrum(0)
+    assert spectrum.choice(9, 1) == Choice(9, 1)  # 360 of 384
+    assert spectrum.choice(10, 1) is LEAVE
+    assert spectrum.choice(0.4, 1) == Choice(1, 1)
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_budgets_are_met_and_used(method, share):
+    spectra = [_spectrum(i) for i in range(5)]
+    budget = int(share * 5 * 384)
+    choices = allocate(spectra, method, budget)
+    size = total_size(spectra, choices)
+    # ALDS moves in steps of whole slicings.
+    assert budget - 5 * 120 < size <= budget
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_max_error_is_kept(method):
+    spectra = [_spectrum(i) for i in range(4)]
+    loose, tight = (
+        allocate(spectra, method, max_error=error) for error in (0.5, 0.2)
+    )
+    assert worst_error(spectra, loose) <= 0.5
+    assert worst_error(spectra, tight) <= 0.2
+    assert total_size(spectra, loose) < total_size(spectra, tight)
+
+
+def test_alds_finds_the_smallest_largest_error():
+    """Every combination of two layers, tried one by one."""
+    spectra = [_spectrum(i, 12, 12, (1, 2, 3)) for i in (1, 2)]
+    for budget in (90, 140, 200):
+        best = min(
+            worst_error(spectra, pair)
+            for pair in itertools.product(*map(_all_choices, spectra))
+            if total_size(spectra, pair) <= budget
+        )
+        found = allocate(spectra, "alds", budget)
+        assert total_size(spectra, found) <= budget
+        assert worst_error(spectra, found) == pytest.approx(best)
+
+
+def test_rules_on_a_spectrum_made_by_hand():
+    values = {1: np.array([[4.0, 2.0, 1.0, 1.0]])}
+    spectrum = Spectrum("hand", values, 1000, {1: 10}, 4.0)
+    rank = {
+        (name, level): RULES[name](spectrum, level).rank
+        for name in ("energy", "global", "uniform", "alds")
+        for level in (0.0, 0.5, 0.76, 1.0)
+    }
+    # Squares 16, 4, 1, 1 of 22: shares 0.73, 0.91, 0.95, 1.
+    assert [rank["energy", x] for x in (0.0, 0.5, 0.76, 1.0)] == [1, 1, 2, 4]
+    # Relative sizes 1, 0.5, 0.25, 0.25; what is kept is above 1 - level.
+    assert [rank["global", x] for x in (0.0, 0.5, 0.76, 1.0)] == [1, 1, 4, 4]
+    # Errors of ranks 1 to 4: 0.5, 0.25, 0.25, 0, at most 1 - level.
+    assert [rank["alds", x] for x in (0.0, 0.5, 0.76, 1.0)] == [1, 1, 4, 4]
+    assert [rank["uniform", x] for x in (0.0, 0.5)] == [1, 50]
+
+
+def test_an_unreachable_budget():
+    with pytest.raises(ValueError, match="80 weights are left, and 79"):
+        allocate([_spectrum(0), _spectrum(1)], "energy", 79)
