@@ -5,6 +5,7 @@ from keras_spectral import plots
 from keras_spectral.compression import LowRank
 from keras_spectral.compression import compress_model
 from keras_spectral.compression import compression_report
+from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import search_rank
 from keras_spectral.contexts import adapters_alone
@@ -47,6 +48,7 @@ __all__ = [
     "callbacks",
     "compress_model",
     "compression_report",
+    "distiller",
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",

@@ -1,6 +1,7 @@
 """Smaller models: factorised layers, rank allocation, weight transfer."""
 
 from keras_spectral.compression.compress import compress_model
+from keras_spectral.compression.distill import distiller
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import compression_report
 from keras_spectral.compression.search import search_rank
@@ -12,6 +13,7 @@ __all__ = [
     "LowRank",
     "compress_model",
     "compression_report",
+    "distiller",
     "finalize_transfer",
     "search_rank",
 ]

@@ -1,0 +1,184 @@
+"""Compression of CIFAR ResNets and of MiniLM: accuracy, size, speed.
+
+Usage: python benchmarks/compress.py accuracy --data DIR --depth 20
+       python benchmarks/compress.py recover --data DIR --depth 20
+       python benchmarks/compress.py speed
+Each prints a table on stderr and JSON lines on stdout. Choose the backend by
+KERAS_BACKEND.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import keras
+import numpy as np
+from _cifar import data_folder
+from _cifar import load_resnet
+from _cifar import read_images
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import keras_spectral as ks
+
+METHODS = ("uniform", "energy", "global", "alds")
+QUIET = Console(quiet=True)
+SHOW = Console(stderr=True)
+
+
+def emit(**result) -> None:
+    """One JSON line."""
+    head = {"benchmark": "compress", "backend": keras.backend.backend()}
+    print(json.dumps({**head, **result}), flush=True)
+
+
+def compile_for(model: keras.Model, rate: float | None = None) -> None:
+    model.compile(
+        keras.optimizers.AdamW(rate, weight_decay=1e-4) if rate else None,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+
+
+def accuracy_of(model: keras.Model, test: tuple) -> float:
+    compile_for(model)
+    return float(model.evaluate(*test, batch_size=500, verbose=0)[1])
+
+
+def accuracy(args) -> None:
+    """Test accuracy after compression alone."""
+    folder = data_folder(args.data)
+    test = read_images(folder, "test", np.arange(args.test_examples))
+    model = load_resnet(args.depth, folder)
+    whole = accuracy_of(model, test)
+    emit(depth=args.depth, method="none", ratio=0.0, accuracy=whole)
+    table = Table(title=f"ResNet{args.depth}, whole: {100 * whole:.2f} %")
+    table.add_column("removed")
+    for method in args.methods:
+        table.add_column(method, justify="right")
+    for ratio in track(args.ratios, "ratios", console=SHOW):
+        cells = []
+        for method in args.methods:
+            start = time.perf_counter()
+            small = ks.compress_model(model, ratio, method=method)
+            seconds = time.perf_counter() - start
+            report = ks.compression_report(small, QUIET)
+            found = accuracy_of(small, test)
+            before, after = report.weights
+            flops = report.flops
+            emit(
+                depth=args.depth,
+                method=method,
+                ratio=ratio,
+                accuracy=round(found, 4),
+                weights=after,
+                removed=round(1 - after / before, 4),
+                flops=round(flops[1] / flops[0], 4),
+                seconds=round(seconds, 2),
+            )
+            cells.append(f"{100 * found:.2f}")
+        table.add_row(f"{100 * ratio:.0f} %", *cells)
+    SHOW.print(table)
+
+
+def recover(args) -> None:
+    """Accuracy after training on the same images as the whole model."""
+    folder = data_folder(args.data)
+    rng = np.random.default_rng(args.seed)
+    rows = rng.permutation(50000)[: args.examples]
+    images, labels = read_images(folder, "train", rows)
+    test = read_images(folder, "test", np.arange(args.test_examples))
+    steps = args.epochs * -(-len(labels) // args.batch)
+    for name in ("none", *args.methods):
+        keras.utils.set_random_seed(args.seed)
+        model = load_resnet(args.depth, folder)
+        if name != "none":
+            model = ks.compress_model(model, args.ratios[0], method=name)
+        before = accuracy_of(model, test)
+        schedule = keras.optimizers.schedules.CosineDecay(args.lr, steps)
+        compile_for(model, schedule)
+        start = time.perf_counter()
+        model.fit(
+            images,
+            labels,
+            batch_size=args.batch,
+            epochs=args.epochs,
+            verbose=0,
+        )
+        emit(
+            depth=args.depth,
+            method=name,
+            ratio=args.ratios[0] if name != "none" else 0.0,
+            before=round(before, 4),
+            accuracy=round(accuracy_of(model, test), 4),
+            examples=len(labels),
+            epochs=args.epochs,
+            lr=args.lr,
+            seconds=round(time.perf_counter() - start, 1),
+        )
+
+
+def speed(args) -> None:
+    """Forward pass of MiniLM, whole and compressed, side by side."""
+    from _minilm import build_classifier
+
+    model = build_classifier()
+    shape = (32, 128)
+    inputs = {
+        "token_ids": np.random.default_rng(0).integers(1000, 30000, shape),
+        "segment_ids": np.zeros(shape, "int32"),
+        "padding_mask": np.ones(shape, "int32"),
+    }
+    start = time.perf_counter()
+    small = ks.compress_model(
+        model, args.ratios[0], method="alds", target="all-linear"
+    )
+    seconds = time.perf_counter() - start
+    times: dict[str, list] = {"whole": [], "small": []}
+    pair = {"whole": model, "small": small}
+    for _ in track(range(args.repeats + 1), "rounds", console=SHOW):
+        for name, candidate in pair.items():
+            start = time.perf_counter()
+            candidate.predict_on_batch(inputs)
+            times[name].append(time.perf_counter() - start)
+    best = {name: min(values[1:]) for name, values in times.items()}
+    middle = {n: statistics.median(v[1:]) for n, v in times.items()}
+    emit(
+        case="minilm forward 32 x 128",
+        ratio=args.ratios[0],
+        compress_seconds=round(seconds, 2),
+        weights=[m.count_params() for m in (model, small)],
+        milliseconds={n: round(1000 * v, 1) for n, v in middle.items()},
+        minima={n: round(1000 * v, 1) for n, v in best.items()},
+        speedup=round(middle["whole"] / middle["small"], 3),
+        speedup_of_minima=round(best["whole"] / best["small"], 3),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("what", choices=("accuracy", "recover", "speed"))
+    add("--data", help="folder that holds vision/ and weights/")
+    add("--depth", type=int, choices=(20, 32, 56), default=20)
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--ratios", nargs="+", type=float, help="shares to remove")
+    add("--test-examples", type=int, default=10000)
+    add("--examples", type=int, default=50000, help="for training")
+    add("--epochs", type=int, default=3)
+    add("--batch", type=int, default=128)
+    add("--lr", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    if args.ratios is None:
+        args.ratios = [0.1, 0.25, 0.5, 0.75]
+        if args.what != "accuracy":
+            args.ratios = [0.5]
+    {"accuracy": accuracy, "recover": recover, "speed": speed}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
