@@ -23,6 +23,8 @@ class Spectrum:
         weights: Numbers in the kernel.
         per_rank: For each number of slices what one rank costs in weights.
         norm: The kernel's largest singular value.
+        true_bound: Whether choices are judged by `bound`, or by it without
+            its root.
     """
 
     name: str
@@ -30,21 +32,33 @@ class Spectrum:
     weights: int
     per_rank: dict[int, int]
     norm: float
+    true_bound: bool = True
 
-    def error(self, choice: "Choice") -> float:
+    def bound(self, choice: "Choice") -> float:
         """Bound of the spectral norm of what is dropped, over the kernel's.
 
         `sqrt(slices) * max over parts of sigma_(rank + 1) / sigma_1(K)`.
         """
         if choice.rank is None:
             return 0.0
+        error = self._beyond(choice.slices)[choice.rank - 1]
+        return math.sqrt(choice.slices) * float(error)
+
+    def error(self, choice: "Choice") -> float:
+        """What the choice is judged by: the bound, or it without its root."""
+        if choice.rank is None:
+            return 0.0
         return float(self.errors(choice.slices)[choice.rank - 1])
 
     def errors(self, slices: int) -> np.ndarray:
         """The same for ranks 1 to m."""
+        factor = math.sqrt(slices) if self.true_bound else 1.0
+        return factor * self._beyond(slices)
+
+    def _beyond(self, slices):
         values = self.values[slices]
         beyond = np.append(values[:, 1:].max(axis=0), 0.0)
-        return math.sqrt(slices) * beyond / max(self.norm, 1e-30)
+        return beyond / max(self.norm, 1e-30)
 
     def size(self, choice: "Choice") -> int:
         """Numbers that are left of the kernel."""

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -40,6 +41,11 @@ def test_error_and_size_are_their_formulas():
         wanted = np.sqrt(n) * beyond / spectrum.values[1][0, 0]
         choice = Choice(rank, n)
         np.testing.assert_allclose(spectrum.error(choice), wanted)
+        np.testing.assert_allclose(spectrum.bound(choice), wanted)
+        rootless = dataclasses.replace(spectrum, true_bound=False)
+        plain = wanted / np.sqrt(n)
+        np.testing.assert_allclose(rootless.error(choice), plain)
+        np.testing.assert_allclose(rootless.bound(choice), wanted)
         assert spectrum.size(choice) == rank * (24 + n * 16)
     assert spectrum.error(LEAVE) == 0 and spectrum.size(LEAVE) == 24 * 16
 
