@@ -159,7 +159,8 @@ def outside_backbone(model, candidates: list[Place]) -> list[Place]:
     return [
         place
         for place in candidates
-        if id(place.layer) not in inside and own_variables(place.layer)
+        if id(place.layer) not in inside
+        and (own_variables(place.layer) or isinstance(place.layer, LowRank))
     ]
 
 

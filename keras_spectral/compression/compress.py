@@ -12,6 +12,7 @@ from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import count
 from keras_spectral.compression.report import keep_report
 from keras_spectral.compression.saved import copy_model
+from keras_spectral.compression.saved import ordered_layers
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
 from keras_spectral.kernels import KernelView
@@ -117,14 +118,16 @@ def compress_model(
     if ratio is not None:
         budget = int((1 - ratio) * sum(s.weights for s in spectra))
     choices = ranks.allocate(spectra, method, budget, max_error)
+    order = {id(x): i for i, x in enumerate(ordered_layers(model))}
+    small = copy_model(model)
+    copies = ordered_layers(small)
     plan = {
-        place.key: choice
+        copies[order[id(place.layer)]]: choice
         for place, choice in zip(chosen, choices)
         if choice.rank is not None
     }
-    small = copy_model(model)
     spared = recover_rank if recover == "lora" else 0
-    _factorize(small, plan, spared)
+    plan = _factorize(small, plan, spared)
     if recover is not None:
         _prepare_recovery(small, plan, recover, spared)
     rows = [_row(*x) for x in zip(chosen, views, spectra, choices)]
@@ -213,7 +216,8 @@ def _chosen(model, target, exclude, keep_ends):
 
 
 def _is_no_table(layer):
-    return not isinstance(layer, keras.layers.Embedding)
+    # Some models hold layers that they never build nor call.
+    return layer.built and not isinstance(layer, keras.layers.Embedding)
 
 
 def _shown(chosen, views):
@@ -244,12 +248,13 @@ def _spectrum(place, view, method, true_bound):
 
 
 def _factorize(small, plan, spared):
-    """Puts pairs in place of a copy's layers, `spared` ranks smaller."""
-    by_key = {place.key: place.layer for place in places(small)}
+    """Puts pairs in place of a copy's layers, `spared` ranks smaller.
+
+    Returns the plan with the new layers for keys.
+    """
     swaps = {}
     with LateProgress("factorising kernels", len(plan)) as progress:
-        for key, choice in plan.items():
-            layer = by_key[key]
+        for layer, choice in plan.items():
             view = kernel_view(layer)
             rank = max(1, choice.rank - spared)
             parts = view.parts(view.matrix(), choice.slices)
@@ -260,21 +265,21 @@ def _factorize(small, plan, spared):
             swaps[layer].trainable = layer.trainable
             progress.advance(1)
     put_low_rank(small, swaps, plain_config(small, swaps))
+    return {swaps[layer]: choice for layer, choice in plan.items()}
 
 
 def _prepare_recovery(small, plan, recover, spared):
     """Freezes all but what is to restore what was lost."""
     found = places(small)
     if recover == "train":
-        factorised = [p.layer for p in found if p.key in plan]
-        halves = [half for x in factorised for half in (x.down, x.up)]
+        halves = [half for layer in plan for half in (layer.down, layer.up)]
         heads = [p.layer for p in kept_places(small, found, None)]
-        freeze_all_but(small, [*factorised, *halves, *heads])
+        freeze_all_but(small, [*plan, *halves, *heads])
         return
     ranks_left = {
-        re.escape(p.path): {"rank": min(spared, plan[p.key].rank - 1)}
+        re.escape(p.path): {"rank": min(spared, plan[p.layer].rank - 1)}
         for p in found
-        if p.key in plan and plan[p.key].rank > 1
+        if p.layer in plan and plan[p.layer].rank > 1
     }
     if ranks_left:
         names = list(ranks_left)

@@ -40,6 +40,17 @@ def copy_model(model: keras.Model) -> keras.Model:
             ) from error
 
 
+def ordered_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """All layers in tracking order; a factorised one counts as one.
+
+    Names may change when a model is built again, the order does not.
+    """
+    found = [place.layer for place in places(model)]
+    factorised = [layer for layer in found if isinstance(layer, LowRank)]
+    halves = {id(half) for x in factorised for half in (x.down, x.up)}
+    return [layer for layer in found if id(layer) not in halves]
+
+
 def plain_config(
     model: keras.Model, layers: Iterable[keras.layers.Layer]
 ) -> dict | None:
@@ -100,30 +111,24 @@ class _Compressed:
         save = keras.saving.serialize_keras_object
         return {
             "base": self._config_before,
-            "low_rank": {
-                place.key: save(place.layer)
-                for place in places(self)
-                if isinstance(place.layer, LowRank)
-            },
+            "low_rank": [
+                {"position": i, "layer": save(layer)}
+                for i, layer in enumerate(ordered_layers(self))
+                if isinstance(layer, LowRank)
+            ],
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         load = keras.saving.deserialize_keras_object
         model = load(config["base"], custom_objects)
-        by_key = {place.key: place.layer for place in places(model)}
+        plain = ordered_layers(model)
         swaps = {}
-        for key, entry in config["low_rank"].items():
-            if key not in by_key:
-                raise ValueError(
-                    f"The file names a factorised layer at '{key}', which "
-                    f"model '{model.name}' lacks."
-                )
-            layer = load(entry, custom_objects)
-            shape = by_key[key].get_build_config()["input_shape"]
-            if not layer.built:
-                layer.build(shape)
-            swaps[by_key[key]] = layer
+        for entry in config["low_rank"]:
+            layer = load(entry["layer"], custom_objects)
+            base = plain[entry["position"]]
+            layer.build(base.get_build_config()["input_shape"])
+            swaps[base] = layer
         surgery.replace_layers(model, swaps)
         return _become_compressed(model, config["base"])
 

@@ -69,6 +69,11 @@ class LowRank(keras.layers.Layer):
         return self.down.compute_mask(inputs, mask)
 
     @property
+    def kernel(self):
+        """The product of two Dense kernels; some models read it."""
+        return ops.matmul(self.down.kernel, self.up.kernel)
+
+    @property
     def bias(self):
         """The bias of `up`, None without one."""
         return getattr(self.up, "bias", None)
