@@ -85,11 +85,12 @@ def select(
     """The places that a target means, less those that `exclude` means.
 
     Raises:
-        ValueError: Nothing matches, a pattern is no regex, a preset is
-            unknown, or a tied embedding is caught by a pattern.
+        ValueError: Nothing matches, a pattern is no regex or, in `exclude`,
+            matches no layer, or a tied embedding is caught by a pattern.
     """
     chosen = _matching(model, candidates, target)
     if exclude is not None:
+        _check_patterns(candidates, exclude)
         dropped = _matching(model, candidates, exclude)
         chosen = [place for place in chosen if place not in dropped]
     if not chosen:
@@ -184,6 +185,14 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
 def _subject(layer):
     """The layer itself, or the base of an adapter."""
     return layer.layer if isinstance(layer, AdapterLayer) else layer
+
+
+def _check_patterns(candidates, exclude):
+    """Raises if a regex matches nothing, as a mistyped one does."""
+    several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    for pattern in exclude if several else [exclude]:
+        if isinstance(pattern, str) and pattern not in _PRESETS:
+            require_match(candidates, pattern, "exclude")
 
 
 def _first_half(layer):

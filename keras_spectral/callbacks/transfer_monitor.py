@@ -9,6 +9,11 @@ from keras_spectral.contexts import adapters_alone
 from keras_spectral.layers import DecayingLoRA
 from keras_spectral.wrap import require_adapters
 
+_NO_STEPS = (
+    " No step was counted: the `call` of your own model has to take `training` "
+    "and, on JAX, to pass it to its layers."
+)
+
 
 class TransferMonitor(keras.callbacks.Callback):
     """Evaluates the pairs of DecayingLoRA without their originals.
@@ -67,10 +72,12 @@ class TransferMonitor(keras.callbacks.Callback):
         ended = all(a.decay_factor() <= a.min_decay for a in adapters)
         if self._decay() == self._start and not ended:
             begin = min(adapter.start_step for adapter in adapters)
+            steps = int(adapters[0].step)
             warnings.warn(
                 "The originals of DecayingLoRA did not fade: their factor is "
-                f"still {self._start:g} after {int(adapters[0].step)} "
-                f"training steps, and the decay begins at start_step={begin}.",
+                f"still {self._start:g} after {steps} training steps, and the "
+                f"decay begins at start_step={begin}."
+                + ("" if steps else _NO_STEPS),
                 stacklevel=2,
             )
 

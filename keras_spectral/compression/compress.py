@@ -4,6 +4,7 @@ import re
 import time
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_spectral.compression import ranks
@@ -152,8 +153,9 @@ def low_rank_layer(view: KernelView, a, b, name: str | None = None) -> LowRank:
     name = name or base.name
     layer = LowRank(down, up, name=name, dtype=base.dtype_policy)
     layer.build(base.get_build_config()["input_shape"])
+    a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
     grouped = b.shape[-1] < view.n_out
-    stacked = ops.reshape(b, (-1, view.n_out))
+    stacked = b.reshape(-1, view.n_out)
     kernel_view(down).assign(_block_diagonal(a))
     kernel_view(up).assign(_block_diagonal(b) if grouped else stacked)
     bias = getattr(base, "bias", None)
@@ -165,8 +167,10 @@ def low_rank_layer(view: KernelView, a, b, name: str | None = None) -> LowRank:
 def _block_diagonal(blocks):
     """A matrix with the blocks (parts, rows, columns) on its diagonal."""
     parts, rows, columns = blocks.shape
-    matrix = ops.einsum("prc,pq->prqc", blocks, ops.eye(parts))
-    return ops.reshape(matrix, (parts * rows, parts * columns))
+    matrix = np.einsum(
+        "prc,pq->prqc", blocks, np.eye(parts, dtype=blocks.dtype)
+    )
+    return matrix.reshape(parts * rows, parts * columns)
 
 
 def _check_goal(ratio, budget, max_error):
@@ -258,9 +262,11 @@ def _factorize(small, plan, spared):
             view = kernel_view(layer)
             rank = max(1, choice.rank - spared)
             parts = view.parts(view.matrix(), choice.slices)
-            u, s, v = truncated_svd(parts, rank)
-            root = ops.sqrt(s)[..., None, :]
-            b = ops.swapaxes(v * root, -1, -2)
+            # All triplets, cut in numpy: JAX compiles once for each shape.
+            triplets = truncated_svd(parts, min(parts.shape[-2:]))
+            u, s, v = (ops.convert_to_numpy(x)[..., :rank] for x in triplets)
+            root = np.sqrt(s)[..., None, :]
+            b = np.swapaxes(v * root, -1, -2)
             swaps[layer] = low_rank_layer(view, u * root, b)
             swaps[layer].trainable = layer.trainable
             progress.advance(1)
