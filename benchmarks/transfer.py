@@ -44,9 +44,10 @@ def build(width: int) -> keras.Model:
     )
 
 
-def prepare(model: keras.Model, rate: float) -> None:
+def prepare(model: keras.Model, rate: float, steps: int) -> None:
+    schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
     model.compile(
-        keras.optimizers.Adam(rate),
+        keras.optimizers.Adam(schedule),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -58,11 +59,11 @@ def run(seed: int, data: tuple, args) -> dict:
     x, y, test_x, test_y = data
     test = (test_x, test_y)
     model = build(args.width)
-    prepare(model, 1e-3)
+    steps = -(-len(x) // args.batch)
+    prepare(model, 1e-3, args.original_epochs * steps)
     options = {"batch_size": args.batch, "verbose": 0}
     model.fit(x, y, epochs=args.original_epochs, **options)
     original = model.evaluate(*test, verbose=0, batch_size=1000)[1]
-    steps = -(-len(x) // args.batch)
     ks.wrap_model(
         model,
         "decaying_lora",
@@ -74,13 +75,13 @@ def run(seed: int, data: tuple, args) -> dict:
         end_step=args.decay_to * steps,
         overrides={"logits": {"rank": min(args.rank, 10)}},
     )
-    prepare(model, args.lr)
+    prepare(model, args.lr, args.epochs * steps)
     monitor = ks.callbacks.TransferMonitor(test)
     history = model.fit(
         x, y, epochs=args.epochs, callbacks=[monitor], **options
     ).history
     ks.finalize_transfer(model)
-    prepare(model, args.lr)
+    prepare(model, args.lr, steps)
     finished = model.evaluate(*test, verbose=0, batch_size=1000)[1]
     names = ("val_accuracy", "val_adapter_accuracy", "decay")
     return {
