@@ -158,3 +158,31 @@ def test_wrap_train_save_and_take_back(case, tmp_path):
     # Random deep convolutional networks amplify rounding a thousandfold.
     limit = 1e-2 if case in APPLICATIONS else 1e-4
     assert _error(_outputs(model, case), adapted) < limit
+
+
+# Blocks of several kinds, fused and grouped kernels, names that change when
+# a model is built again, models that read a layer's `kernel` themselves.
+COMPRESSED = """
+    bert_text_classifier clip_backbone dinov2_backbone flux_backbone
+    gemma4_backbone gpt2_causal_lm hgnetv2_backbone mobilenet_v2
+    moonshine_backbone sam_backbone t5_backbone vit_backbone
+""".split()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="the others compile each model"
+)
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compress_save_and_load(name, tmp_path):
+    case = next(c for c in MODELS + APPLICATIONS if c.name == name)
+    model = case.make()
+    plain = _outputs(model, case)
+    small = ks.compress_model(model, max_error=0.6)
+    assert isinstance(small, type(model))
+    assert small.count_params() < model.count_params()
+    assert _error(_outputs(model, case), plain) == 0
+    got = _outputs(small, case)
+    small.save(tmp_path / "small.keras")
+    again = keras.saving.load_model(tmp_path / "small.keras")
+    assert _error(_outputs(again, case), got) == 0
