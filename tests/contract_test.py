@@ -139,7 +139,7 @@ VARIANTS = [
         "dylora_frozen",
         {"rank": 2, "frozen": True},
         _lora_size,
-        fits=_one_per_view,
+        fits=lambda case: case.name in ("dense", "conv_2d_strided"),
     ),
     Variant("SpectralDense", "additive", {"rank": 2}, _lora_size),
     Variant(
