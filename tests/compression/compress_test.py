@@ -206,6 +206,15 @@ def test_budget_counts_the_whole_model_and_ends_are_kept():
     assert isinstance(small.get_layer("head"), keras.layers.Dense)
 
 
+def test_frozen_layers_stay_frozen():
+    model = _image_model()
+    model.get_layer("twin").trainable = False
+    small = ks.compress_model(model, ratio=0.5, method="global")
+    assert isinstance(small.get_layer("twin"), ks.LowRank)
+    assert not small.get_layer("twin").trainable_weights
+    assert small.get_layer("down").trainable_weights
+
+
 def test_nothing_shrinks_where_almost_all_is_kept():
     model = _image_model()
     small = ks.compress_model(model, max_error=1e-6)
@@ -328,7 +337,7 @@ def test_sliced_layers_are_joined_with_an_adapter():
     thin = low_rank_layer(view, *_pair(view, 2, 2))
     model = keras.Sequential([keras.Input((8, 8, 4)), thin])
     plain = model.predict(_images(), verbose=0)
-    ks.wrap_model(model, "lora", target="conv", rank=3)
+    ks.wrap_model(model, "lora", target=ks.LowRank, rank=3, alpha=5)
     np.testing.assert_array_equal(model.predict(_images(), verbose=0), plain)
     with pytest.raises(ValueError, match="finalize_transfer"):
         ks.merge_model(model)
