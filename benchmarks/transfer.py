@@ -44,10 +44,12 @@ def build(width: int) -> keras.Model:
     )
 
 
-def prepare(model: keras.Model, rate: float, steps: int) -> None:
-    schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
+def prepare(model: keras.Model, rate: float, steps: int, args) -> None:
+    """Compiles with Adam; `steps` are those until a cosine decay ends."""
+    if args.cosine:
+        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
     model.compile(
-        keras.optimizers.Adam(schedule),
+        keras.optimizers.Adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -60,7 +62,7 @@ def run(seed: int, data: tuple, args) -> dict:
     test = (test_x, test_y)
     model = build(args.width)
     steps = -(-len(x) // args.batch)
-    prepare(model, 1e-3, args.original_epochs * steps)
+    prepare(model, 1e-3, args.original_epochs * steps, args)
     options = {"batch_size": args.batch, "verbose": 0}
     model.fit(x, y, epochs=args.original_epochs, **options)
     original = model.evaluate(*test, verbose=0, batch_size=1000)[1]
@@ -75,13 +77,13 @@ def run(seed: int, data: tuple, args) -> dict:
         end_step=args.decay_to * steps,
         overrides={"logits": {"rank": min(args.rank, 10)}},
     )
-    prepare(model, args.lr, args.epochs * steps)
+    prepare(model, args.lr, args.epochs * steps, args)
     monitor = ks.callbacks.TransferMonitor(test)
     history = model.fit(
         x, y, epochs=args.epochs, callbacks=[monitor], **options
     ).history
     ks.finalize_transfer(model)
-    prepare(model, args.lr, steps)
+    prepare(model, args.lr, steps, args)
     finished = model.evaluate(*test, verbose=0, batch_size=1000)[1]
     names = ("val_accuracy", "val_adapter_accuracy", "decay")
     return {
@@ -107,6 +109,7 @@ def main() -> None:
     add("--decay-to", type=int, default=27, help="epoch")
     add("--batch", type=int, default=128)
     add("--lr", type=float, default=1e-3)
+    add("--cosine", action="store_true", help="let the rate fall to 0")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     data = read(args.data)
