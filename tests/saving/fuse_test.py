@@ -155,3 +155,21 @@ def test_bad_arguments(files):
     ks.wrap_model(model, "spectral", target="one", rank=2)
     with pytest.raises(ValueError, match="plain base"):
         ks.fuse_adapters(model, files[:1])
+
+
+def test_average_of_faded_biases(files):
+    base = _model()
+    for layer in base.layers[:2]:
+        layer.bias.assign(np.linspace(1, 2, layer.bias.shape[0]))
+    for file, step in zip(files, (1, 2)):
+        model = keras.models.clone_model(base)
+        model.set_weights(base.get_weights())
+        options = {"rank": 2, "end_step": 4, "decay_bias": True}
+        ks.wrap_model(model, "decaying_lora", target="one", **options)
+        model.get_layer("one").step.assign(step)
+        ks.save_adapters(model, file)
+    before = base.get_layer("one").bias.numpy().copy()
+    ks.fuse_adapters(base, files, weights=[1, 3], method="average")
+    got = base.get_layer("one").bias.numpy()
+    factor = (1 * 0.75 + 3 * 0.5) / 4
+    np.testing.assert_allclose(got, before * factor, atol=1e-6)
