@@ -53,7 +53,8 @@ def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
     4
     """
     check_rank(rank)
-    _require_active(require_adapters(model))
+    for adapter in require_adapters(model):
+        adapter.check_active()
     pairs, errors = {}, {}
     for place in adapter_places(model):
         pairs[place.layer], errors[place.path] = _lora_pair(place.layer, rank)
@@ -90,7 +91,8 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
         ValueError: No such adapters, they are switched off, or no data.
     """
     old = require_adapters(model, ConditionalSpectralDense)
-    _require_active(old)
+    for adapter in old:
+        adapter.check_active()
     for adapter in old:
         adapter.reset_gates()
     model.predict(dataset, verbose=0)
@@ -127,15 +129,6 @@ def _lora_pair(adapter, rank):
     missing = view.to_matrix(view.from_matrix(wanted - ops.matmul(a, b)))
     size = ops.maximum(ops.norm(wanted), keras.config.epsilon())
     return (a, b), float(ops.convert_to_numpy(ops.norm(missing) / size))
-
-
-def _require_active(adapters):
-    for adapter in adapters:
-        if adapter.disabled:
-            raise ValueError(
-                f"The adapter of layer '{adapter.name}' is switched off. "
-                "Expected an active one: leave the `adapters_disabled` block."
-            )
 
 
 def _exchange(

@@ -85,6 +85,24 @@ def randomized_svd(matrix, rank, oversampling=4, num_blocks=6, seed=0):
     return *_fix_signs(u, s[..., :rank], v), error
 
 
+def nearest_pair(matrix, rank):
+    """The pair A, B whose product is nearest to a matrix at a rank.
+
+    `A = U sqrt(S)`, `B = sqrt(S) V^T`; the first columns of A and rows of B
+    are the nearest pair of a smaller rank.
+
+    Args:
+        matrix: Tensor (..., n_in, n_out), taken to float32 if it is smaller.
+        rank: At most min(n_in, n_out).
+
+    Returns:
+        `A` (..., n_in, rank) and `B` (..., rank, n_out).
+    """
+    u, s, v = truncated_svd(matrix, rank)
+    root = ops.sqrt(s)[..., None, :]
+    return u * root, _transpose(v * root)
+
+
 def cayley(matrix):
     """The Cayley map: any square matrix to a rotation.
 

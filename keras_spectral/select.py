@@ -108,6 +108,17 @@ def adaptable(candidates: list[Place]) -> list[Place]:
     return [place for place in candidates if _covered(_subject(place.layer))]
 
 
+def without_halves(candidates: list[Place]) -> list[Place]:
+    """The places but those inside of factorised layers."""
+    halves = {
+        id(half)
+        for place in candidates
+        if isinstance(place.layer, LowRank)
+        for half in (place.layer.down, place.layer.up)
+    }
+    return [place for place in candidates if id(place.layer) not in halves]
+
+
 def match_paths(candidates: list[Place], pattern: str) -> list[Place]:
     """The places whose whole path a regex matches.
 
@@ -205,13 +216,7 @@ def _matching(model, candidates, target):
     if isinstance(target, str) and target not in _PRESETS:
         return _untied(match_paths(candidates, target), target)
     # Halves of a factorised layer are only found by their paths.
-    halves = {
-        id(half)
-        for place in candidates
-        if isinstance(place.layer, LowRank)
-        for half in (place.layer.down, place.layer.up)
-    }
-    candidates = [p for p in candidates if id(p.layer) not in halves]
+    candidates = without_halves(candidates)
     if isinstance(target, str):
         chosen = _PRESETS[target](model, candidates)
         # Some models hold layers that they never build nor call.

@@ -12,6 +12,7 @@ import gc
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.models.functional import Functional
 from keras.src.ops.function import make_node_key
 from keras.src.ops.node import KerasHistory
 from keras.src.utils.tracking import DotNotTrackScope
@@ -41,6 +42,11 @@ def output_layers(model: keras.Model) -> list[keras.Operation]:
         return model.layers[-1:]
     outputs = getattr(model, "outputs", None) or []
     return [tensor._keras_history.operation for tensor in outputs]
+
+
+def is_plain_graph(layer: keras.layers.Layer) -> bool:
+    """Whether its configuration is that of its layers, each by itself."""
+    return type(layer) in (Functional, keras.Sequential)
 
 
 def set_trainable(

@@ -3,11 +3,14 @@
 import keras
 import numpy as np
 import pytest
+import rich.console
+from elsewhere import load_elsewhere
 from keras import ops
 
 import keras_spectral as ks
 
 keras_hub = pytest.importorskip("keras_hub")
+QUIET = rich.console.Console(quiet=True)
 
 
 def _bert(**config):
@@ -31,10 +34,15 @@ def _inputs(batch=4):
     }
 
 
-def _classifier():
+def _classifier(**config):
     return keras_hub.models.BertTextClassifier(
-        _bert(), num_classes=2, preprocessor=None
+        _bert(**config), num_classes=2, preprocessor=None
     )
+
+
+def _wide_classifier():
+    keras.utils.set_random_seed(0)
+    return _classifier(hidden_dim=16, intermediate_dim=32)
 
 
 def _randomize(model, size=0.5):
@@ -130,16 +138,29 @@ def _gpt2():
     return model
 
 
-def test_generate_made_earlier_runs_the_adapters():
-    model = _gpt2()
+def _generate(model):
     prompt = {
         "token_ids": np.array([[5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0]]),
         "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]]),
     }
+    outputs = model.generate(prompt, stop_token_ids=None)
+    return ops.convert_to_numpy(outputs["token_ids"])
+
+
+def test_input_conditional_gates_generate():
+    model = _gpt2()
+    plain = _generate(model)
+    ks.wrap_model(model, "conditional_spectral", rank=2, context="mean")
+    np.testing.assert_array_equal(_generate(model), plain)  # closed gates
+    # Nothing that belongs to the compiled loop is left in the counters.
+    assert all(np.isfinite(w.numpy()).all() for w in model.weights)
+
+
+def test_generate_made_earlier_runs_the_adapters():
+    model = _gpt2()
 
     def generate():
-        outputs = model.generate(prompt, stop_token_ids=None)
-        return ops.convert_to_numpy(outputs["token_ids"])
+        return _generate(model)
 
     plain = generate()
     ks.wrap_model(model, "lora", target="all-linear", rank=2)
@@ -197,3 +218,61 @@ def test_raw_kernels_are_listed(capsys):
     summary = ks.adapter_summary(model)
     assert any("position_embedding" in row.path for row in summary.raw)
     assert "raw kernel" in capsys.readouterr().out
+
+
+def test_recovery_by_lora_trains_and_becomes_one_pair(tmp_path):
+    model = _wide_classifier()
+    small = ks.compress_model(
+        model, ratio=0.3, recover="lora", recover_rank=2, exclude="logits"
+    )
+    rows = ks.adapter_summary(small, QUIET).rows
+    adapted = [row for row in rows if row.method == "lora"]
+    report = ks.compression_report(small, QUIET)
+    ranks_of = {x.path: x.rank for x in report.layers if x.rank}
+    assert {row.path: row.rank for row in adapted} == {
+        path: min(2, rank - 1) for path, rank in ranks_of.items() if rank > 1
+    }
+    names = {w.name for w in small.trainable_weights}
+    assert names == {"lora_a", "lora_b", "kernel", "bias"}  # with the head
+    frozen = [w for w in small.weights if not w.trainable and w.name != "scale"]
+    before = [w.numpy().copy() for w in frozen]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    small.compile(keras.optimizers.Adam(0.01), loss)
+    history = small.fit(_inputs(3), np.array([0, 1, 1]), epochs=4, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    for weight, old in zip(frozen, before):
+        if "seed" not in weight.name:
+            np.testing.assert_array_equal(weight.numpy(), old)
+    expected = small.predict(_inputs(3), verbose=0)
+    ks.finalize_transfer(small)
+    np.testing.assert_allclose(
+        small.predict(_inputs(3), verbose=0), expected, atol=1e-5
+    )
+    assert small.count_params() == report.weights[1]
+    small.save(tmp_path / "small.keras")
+    again = keras.saving.load_model(tmp_path / "small.keras", compile=False)
+    np.testing.assert_allclose(
+        again.predict(_inputs(3), verbose=0), expected, atol=1e-5
+    )
+
+
+def test_adapters_find_factorised_layers_but_not_their_halves():
+    small = ks.compress_model(_wide_classifier(), ratio=0.3)
+    ks.wrap_model(small, "spectral", target="all-linear", rank=1)
+    paths = [r.path for r in ks.adapter_summary(small, QUIET).rows if r.method]
+    assert len(paths) == 13 and not [p for p in paths if "/down" in p]
+    with ks.unwrapped(small):
+        pass
+    ks.unwrap_model(small)
+    ks.wrap_model(small, "lora", rank=2)  # query and value, beside the head
+    rows = ks.adapter_summary(small, QUIET).rows
+    assert len([row for row in rows if row.method]) == 4
+    trained = {row.path.split("/")[0] for row in rows if not row.method}
+    assert "logits" in trained
+
+
+def test_compressed_tasks_load_where_nothing_else_is_imported(tmp_path):
+    model = _wide_classifier()
+    small = ks.compress_model(model, ratio=0.3)
+    assert isinstance(small, type(model))
+    load_elsewhere(small, _inputs(), tmp_path)

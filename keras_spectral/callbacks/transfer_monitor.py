@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_spectral._evaluate import evaluate
 from keras_spectral.contexts import adapters_alone
 from keras_spectral.layers import DecayingLoRA
 from keras_spectral.wrap import require_adapters
@@ -89,12 +90,5 @@ class TransferMonitor(keras.callbacks.Callback):
         return sum(factors) / len(factors)
 
     def _evaluate(self, prefix):
-        data = self.validation_data
-        arrays = data if isinstance(data, tuple) else (data,)
-        names = ("x", "y", "sample_weight")
-        results = self.model.evaluate(
-            **dict(zip(names, arrays)),
-            verbose=0,
-            return_dict=True,
-        )
+        results = evaluate(self.model, self.validation_data)
         return {prefix + name: value for name, value in results.items()}

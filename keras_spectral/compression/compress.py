@@ -21,12 +21,13 @@ from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.adapter import check_choice
 from keras_spectral.layers.adapter import check_rank
-from keras_spectral.linalg import truncated_svd
+from keras_spectral.linalg import nearest_pair
 from keras_spectral.select import Target
 from keras_spectral.select import describe
 from keras_spectral.select import kept_places
 from keras_spectral.select import places
 from keras_spectral.select import select
+from keras_spectral.select import without_halves
 from keras_spectral.spectra import LateProgress
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import freeze_all_but
@@ -111,9 +112,7 @@ def compress_model(
     _check_goal(ratio, budget, max_error)
     chosen = _chosen(model, target, exclude, keep_ends)
     views = [kernel_view(place.layer) for place in chosen]
-    shown = _shown(chosen, views)
-    true_bound = true_bound or max_error is not None
-    spectra = [_spectrum(*x, method, true_bound) for x in shown]
+    spectra = _spectra(views, method, true_bound or max_error is not None)
     if budget is not None:
         budget = int(budget) - count(model) + sum(s.weights for s in spectra)
     if ratio is not None:
@@ -139,19 +138,17 @@ def compress_model(
     return small
 
 
-def low_rank_layer(view: KernelView, a, b, name: str | None = None) -> LowRank:
+def low_rank_layer(view: KernelView, a, b) -> LowRank:
     """A built pair of layers that does a layer's work with kernel A B.
 
     Args:
         view: The view of the layer that it is to replace.
         a: Tensor (parts, rows, rank).
         b: Tensor (parts, rank, columns).
-        name: Defaults to the layer's.
     """
     base = view.layer
     down, up = view.thin_layers(a.shape[-1], a.shape[0])
-    name = name or base.name
-    layer = LowRank(down, up, name=name, dtype=base.dtype_policy)
+    layer = LowRank(down, up, name=base.name, dtype=base.dtype_policy)
     layer.build(base.get_build_config()["input_shape"])
     a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
     grouped = b.shape[-1] < view.n_out
@@ -204,6 +201,8 @@ def _chosen(model, target, exclude, keep_ends):
         )
     found = places(model)
     chosen = select(model, found, target or _is_no_table, exclude)
+    whole = {id(p.layer) for p in without_halves(found)}
+    chosen = [p for p in chosen if id(p.layer) in whole]
     chosen = [p for p in chosen if not isinstance(p.layer, LowRank)]
     if keep_ends:
         chosen = chosen[1:-1]
@@ -224,31 +223,25 @@ def _is_no_table(layer):
     return layer.built and not isinstance(layer, keras.layers.Embedding)
 
 
-def _shown(chosen, views):
-    """Places and their views, with progress where it takes long."""
-    with LateProgress("singular values", len(chosen)) as progress:
-        for place, view in zip(chosen, views):
-            yield place, view
+def _spectra(views, method, true_bound):
+    found = []
+    with LateProgress("singular values", len(views)) as progress:
+        for view in views:
+            matrix = view.matrix()
+            slicings = view.slicings() if method == "alds" else [1]
+            values = {
+                n: ops.convert_to_numpy(
+                    ops.svd(view.parts(matrix, n), compute_uv=False)
+                )
+                for n in slicings
+            }
+            per_rank = {n: view.pair_weights(1, n) for n in slicings}
+            spectrum = ranks.Spectrum(
+                values, view.num_weights, per_rank, true_bound
+            )
+            found.append(spectrum)
             progress.advance(1)
-
-
-def _spectrum(place, view, method, true_bound):
-    matrix = view.matrix()
-    slicings = view.slicings() if method == "alds" else [1]
-    values = {
-        n: ops.convert_to_numpy(
-            ops.svd(view.parts(matrix, n), compute_uv=False)
-        )
-        for n in slicings
-    }
-    return ranks.Spectrum(
-        place.path,
-        values,
-        view.num_weights,
-        {n: view.pair_weights(1, n) for n in slicings},
-        float(values[1].max()),
-        true_bound,
-    )
+    return found
 
 
 def _factorize(small, plan, spared):
@@ -262,12 +255,11 @@ def _factorize(small, plan, spared):
             view = kernel_view(layer)
             rank = max(1, choice.rank - spared)
             parts = view.parts(view.matrix(), choice.slices)
-            # All triplets, cut in numpy: JAX compiles once for each shape.
-            triplets = truncated_svd(parts, min(parts.shape[-2:]))
-            u, s, v = (ops.convert_to_numpy(x)[..., :rank] for x in triplets)
-            root = np.sqrt(s)[..., None, :]
-            b = np.swapaxes(v * root, -1, -2)
-            swaps[layer] = low_rank_layer(view, u * root, b)
+            # All ranks, cut in numpy: JAX compiles once for each shape.
+            pair = nearest_pair(parts, min(parts.shape[-2:]))
+            a, b = map(ops.convert_to_numpy, pair)
+            a, b = a[..., :rank], b[..., :rank, :]
+            swaps[layer] = low_rank_layer(view, a, b)
             swaps[layer].trainable = layer.trainable
             progress.advance(1)
     put_low_rank(small, swaps, plain_config(small, swaps))

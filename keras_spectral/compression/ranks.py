@@ -17,22 +17,23 @@ class Spectrum:
     """What rank allocation has to know of one layer.
 
     Attributes:
-        name: For messages.
         values: For each number of slices the singular values of the parts
             that are factored apart (parts, m), descending.
         weights: Numbers in the kernel.
         per_rank: For each number of slices what one rank costs in weights.
-        norm: The kernel's largest singular value.
         true_bound: Whether choices are judged by `bound`, or by it without
             its root.
     """
 
-    name: str
     values: dict[int, np.ndarray]
     weights: int
     per_rank: dict[int, int]
-    norm: float
     true_bound: bool = True
+
+    @property
+    def norm(self) -> float:
+        """The kernel's largest singular value."""
+        return float(self.values[1].max())
 
     def bound(self, choice: "Choice") -> float:
         """Bound of the spectral norm of what is dropped, over the kernel's.
@@ -125,7 +126,6 @@ def allocate(
     method: str,
     budget: int | None = None,
     max_error: float | None = None,
-    seed: int = 0,
 ) -> list[Choice]:
     """Chooses a rank and a number of slices for every layer.
 
@@ -137,7 +137,6 @@ def allocate(
         method: `"uniform"`, `"energy"`, `"global"` or `"alds"`.
         budget: At most so many weights in all their kernels, or
         max_error: at most this error bound in each layer.
-        seed: Of ALDS's random starts.
 
     Raises:
         ValueError: Rank 1 everywhere is still beyond the budget.
@@ -149,10 +148,10 @@ def allocate(
 
     if max_error is not None:
 
-        def exact(choices):
-            return worst_error(spectra, choices) <= max_error
+        def is_low(level):
+            return worst_error(spectra, plan(level)) > max_error
 
-        return plan(_bisect(lambda level: not exact(plan(level)))[1])
+        return plan(_bisect(is_low)[1])
     smallest = plan(0.0)
     if total_size(spectra, smallest) > budget:
         raise ValueError(
@@ -161,7 +160,7 @@ def allocate(
             "budget, or more layers to compress."
         )
     if method == "alds":
-        return _alternate(spectra, budget, np.random.default_rng(seed))
+        return _alternate(spectra, budget)
     return _within(spectra, plan, budget)
 
 
@@ -194,13 +193,14 @@ def _within(spectra, plan, budget):
     return plan(level)
 
 
-def _alternate(spectra, budget, rng):
+def _alternate(spectra, budget):
     """ALDS: slicings from several starts, each improved until it stands.
 
     In turn: with all slicings fixed, the smallest common error that meets
     the budget; then for each layer the slicing with the smallest error at
     the size that it got.
     """
+    rng = np.random.default_rng(0)
     tables = [_tables(spectrum) for spectrum in spectra]
     starts = [[1] * len(spectra)] + [
         [int(rng.choice(list(s.values))) for s in spectra]

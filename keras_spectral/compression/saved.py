@@ -9,9 +9,9 @@ import keras
 from keras_spectral import surgery
 from keras_spectral.kernels import LowRank
 from keras_spectral.select import places
+from keras_spectral.select import without_halves
 
 _PACKAGE, _NAME = "keras_spectral", "CompressedModel"
-_PLAIN = (keras.Model, keras.Sequential)
 
 
 def copy_model(model: keras.Model) -> keras.Model:
@@ -45,10 +45,7 @@ def ordered_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
     Names may change when a model is built again, the order does not.
     """
-    found = [place.layer for place in places(model)]
-    factorised = [layer for layer in found if isinstance(layer, LowRank)]
-    halves = {id(half) for x in factorised for half in (x.down, x.up)}
-    return [layer for layer in found if id(layer) not in halves]
+    return [place.layer for place in without_halves(places(model))]
 
 
 def plain_config(
@@ -149,7 +146,7 @@ def _become_compressed(model, config):
 def _graph_layers(model):
     """Layers that plain graphs of layers save themselves."""
     found = set()
-    if type(model) in _PLAIN or type(model).__name__ == "Functional":
+    if surgery.is_plain_graph(model):
         for layer in model.layers:
             found |= {id(layer)} | _graph_layers(layer)
     return found

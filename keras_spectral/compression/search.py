@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_spectral._evaluate import evaluate
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers.adapter import check_choice
 from keras_spectral.layers.adapter import check_number
@@ -108,12 +109,7 @@ def _truncate(chosen, ranks, rank):
 def _value(model, dataset, metric):
     if callable(metric):
         return float(metric(model, dataset))
-    arrays = dataset if isinstance(dataset, tuple) else (dataset,)
-    results = model.evaluate(
-        **dict(zip(("x", "y", "sample_weight"), arrays)),
-        verbose=0,
-        return_dict=True,
-    )
+    results = evaluate(model, dataset)
     if metric not in results:
         raise ValueError(
             f"Received metric={metric!r}; `model.evaluate` gives "

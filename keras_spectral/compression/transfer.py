@@ -56,11 +56,7 @@ def finalize_transfer(model: keras.Model) -> keras.Model:
 
 
 def _check_finished(adapter):
-    if adapter.disabled:
-        raise ValueError(
-            f"The adapter of layer '{adapter.name}' is switched off. Expected "
-            "an active one: leave the `adapters_disabled` block."
-        )
+    adapter.check_active()
     if isinstance(adapter.layer, LowRank):
         adapter.factors()
     elif not isinstance(adapter, DecayingLoRA):

@@ -34,19 +34,19 @@ class ConvView(KernelView):
 
     def down(self, inputs, a):
         rank = a.shape[-1]
-        kernel = ops.reshape(a, (self._groups, *self._row_shape, rank))
+        kernel = ops.reshape(a, (self.groups, *self._row_shape, rank))
         kernel = ops.moveaxis(kernel, 0, -2)
-        kernel = ops.reshape(kernel, (*self._row_shape, self._groups * rank))
+        kernel = ops.reshape(kernel, (*self._row_shape, self.groups * rank))
         codes = self._channels_last(self.convolve(inputs, kernel))
-        if self._groups == 1:
+        if self.groups == 1:
             return codes
-        shape = (*ops.shape(codes)[:-1], self._groups, rank)
+        shape = (*ops.shape(codes)[:-1], self.groups, rank)
         return ops.reshape(codes, shape)
 
     def up(self, codes, b):
-        if self._groups == 1:
+        if self.groups == 1:
             return self._channels_back(ops.matmul(codes, b))
-        b = ops.reshape(b, (b.shape[0], self._groups, -1))
+        b = ops.reshape(b, (b.shape[0], self.groups, -1))
         outputs = ops.einsum("...gr,rgo->...go", codes, b)
         shape = (*ops.shape(outputs)[:-2], self.n_out)
         return self._channels_back(ops.reshape(outputs, shape))
@@ -54,17 +54,17 @@ class ConvView(KernelView):
     def _sizes(self):
         layer = self.layer
         shape = layer.kernel.shape
-        self._groups = layer.groups
+        self.groups = layer.groups
         self._row_shape = tuple(shape[:-1])
-        return self._groups * math.prod(shape[:-1]), shape[-1]
+        return self.groups * math.prod(shape[:-1]), shape[-1]
 
     def __init__(self, layer):
         super().__init__(layer)
-        self.fan_in //= self._groups
-        self.max_rank = min(self.fan_in, self.n_out // self._groups)
+        self.fan_in //= self.groups
+        self.max_rank = min(self.fan_in, self.n_out // self.groups)
 
     def to_matrix(self, kernel):
-        groups = self._groups
+        groups = self.groups
         kernel = ops.reshape(kernel, (self.n_in // groups, groups, -1))
         matrix = ops.einsum("ngo,gh->gnho", kernel, ops.eye(groups))
         return ops.reshape(matrix, (self.n_in, self.n_out))
@@ -81,22 +81,18 @@ class ConvView(KernelView):
 
     def _blocks(self, matrix):
         """The diagonal blocks (groups, n_in / groups, n_out / groups)."""
-        groups = self._groups
+        groups = self.groups
         blocks = ops.reshape(matrix, (groups, self.n_in // groups, groups, -1))
         return ops.einsum("gnho,gh->gno", blocks, ops.eye(groups))
 
-    @property
-    def groups(self):
-        return self._groups
-
     def slicings(self):
         channels = self._row_shape[-1]
-        if self._groups > 1:
+        if self.groups > 1:
             return [1]
         return [n for n in range(1, channels + 1) if channels % n == 0]
 
     def parts(self, matrix, slices=1):
-        if self._groups > 1:
+        if self.groups > 1:
             return self._blocks(matrix)
         channels = self._row_shape[-1] // slices
         shape = (-1, slices, channels, self.n_out)
@@ -111,7 +107,7 @@ class ConvView(KernelView):
         kind = _CONV[len(self.layer.kernel_size)]
         shared = self._options("kernel_size", "strides", "padding")
         shared |= self._options("dilation_rate", "data_format")
-        parts = max(slices, self._groups)
+        parts = max(slices, self.groups)
         shared |= {"filters": parts * rank, "groups": parts, "use_bias": False}
         return [kind(**shared, **self._code_options()), self._pointwise()]
 
@@ -119,7 +115,7 @@ class ConvView(KernelView):
         """A 1x1 convolution from codes to the layer's output."""
         kind = _CONV[len(self.layer.kernel_size)]
         options = self._options("filters", "data_format", "use_bias")
-        options |= {"kernel_size": 1, "groups": self._groups}
+        options |= {"kernel_size": 1, "groups": self.groups}
         return kind(**options, **self._output_options())
 
     def convolve(self, inputs, kernel):
@@ -182,7 +178,7 @@ class SeparableConvView(ConvView):
 
     def _sizes(self):
         shape = self.variable().shape
-        self._groups = 1
+        self.groups = 1
         self._row_shape = tuple(shape[:-1])
         return math.prod(shape[:-1]), shape[-1]
 
@@ -246,7 +242,7 @@ class ConvTransposeView(ConvView):
 
     def _sizes(self):
         shape = self.layer.kernel.shape
-        self._groups = 1
+        self.groups = 1
         return shape[-1], math.prod(shape[:-1])
 
     def to_matrix(self, kernel):

@@ -110,6 +110,7 @@ class LowRankView(KernelView):
     def __init__(self, layer, down, up):
         self._down, self._up = down, up
         super().__init__(layer)
+        self.groups = up.groups
         # A sliced convolution has groups in its first half only.
         self._sliced = down.groups > up.groups
         self.fan_in = self.n_in // up.groups
@@ -134,10 +135,6 @@ class LowRankView(KernelView):
 
     def bias(self, outputs):
         return self._up.bias(outputs)
-
-    @property
-    def groups(self):
-        return self._up.groups
 
     def pair(self):
         """The factors (parts, rows, rank) and (parts, rank, columns)."""

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_spectral.linalg import truncated_svd
+from keras_spectral.linalg import nearest_pair
 
 _PROBE_ROWS = 512
 
@@ -19,9 +19,11 @@ class KernelView:
         max_rank: The largest rank that a pair of factors can use.
         fan_in: How many inputs one code is computed from.
         kernel_name: The layer's attribute that holds the kernel.
+        groups: How many blocks the kernel has on its diagonal.
     """
 
     kernel_name = "kernel"
+    groups = 1
 
     def __init__(self, layer):
         self.layer = layer
@@ -68,9 +70,7 @@ class KernelView:
 
     def factor(self, matrix, rank):
         """The pair A, B of rank `rank` whose product is nearest to a matrix."""
-        u, s, v = truncated_svd(matrix, rank)
-        root = ops.sqrt(s)[..., None, :]
-        return u * root, ops.swapaxes(v * root, -1, -2)
+        return nearest_pair(matrix, rank)
 
     def apply(self, inputs, a, b):
         """The thin product `x A B` on the layer's input."""
@@ -117,11 +117,6 @@ class KernelView:
     def positions(self, input_shape) -> int:
         """How often one example uses each number of the kernel."""
         return math.prod(size or 1 for size in input_shape[1:-1])
-
-    @property
-    def groups(self) -> int:
-        """How many blocks the kernel has on its diagonal."""
-        return 1
 
     def slicings(self) -> list[int]:
         """Into how many equal slices the layer's input can be cut."""

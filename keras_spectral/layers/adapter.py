@@ -184,11 +184,7 @@ class AdapterLayer(keras.layers.Wrapper):
                 or the adapter is switched off.
         """
         self.view.check_assignable()
-        if self.disabled:
-            raise ValueError(
-                f"The adapter of layer '{self.name}' is switched off. Expected "
-                "an active one: leave the `adapters_disabled` block first."
-            )
+        self.check_active()
         matrix = self.view.matrix() + self.delta_matrix()
         if not ops.all(ops.isfinite(matrix)):
             raise ValueError(
@@ -197,6 +193,14 @@ class AdapterLayer(keras.layers.Wrapper):
                 "probably diverged: load an earlier adapter file."
             )
         return matrix
+
+    def check_active(self):
+        """Raises a ValueError if the adapter is switched off."""
+        if self.disabled:
+            raise ValueError(
+                f"The adapter of layer '{self.name}' is switched off. Expected "
+                "an active one: leave the `adapters_disabled` block first."
+            )
 
     def merge(self):
         """Folds the correction into the base's kernel."""

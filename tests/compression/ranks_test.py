@@ -21,8 +21,7 @@ def _spectrum(seed, n_in=24, n_out=16, slicings=(1, 2, 4)):
         for n in slicings
     }
     per_rank = {n: n_in + n * n_out for n in slicings}
-    norm = values[1].max()
-    return Spectrum(f"l{seed}", values, n_in * n_out, per_rank, norm)
+    return Spectrum(values, n_in * n_out, per_rank)
 
 
 def _all_choices(spectrum):
@@ -57,7 +56,7 @@ def test_the_error_of_slices_bounds_the_spectral_norm():
     parts = matrix.reshape(4, 6, 16)
     u, s, v = np.linalg.svd(parts, full_matrices=False)
     values = {1: np.linalg.svd(matrix, compute_uv=False)[None], 4: s}
-    spectrum = Spectrum("x", values, 384, {1: 40, 4: 88}, values[1].max())
+    spectrum = Spectrum(values, 384, {1: 40, 4: 88})
     for rank in (1, 2, 4):
         left = parts - (u[..., :rank] * s[:, None, :rank]) @ v[:, :rank]
         size = np.linalg.norm(left.reshape(24, 16), 2) / values[1].max()
@@ -109,7 +108,7 @@ def test_alds_finds_the_smallest_largest_error():
 
 def test_rules_on_a_spectrum_made_by_hand():
     values = {1: np.array([[4.0, 2.0, 1.0, 1.0]])}
-    spectrum = Spectrum("hand", values, 1000, {1: 10}, 4.0)
+    spectrum = Spectrum(values, 1000, {1: 10})
     rank = {
         (name, level): RULES[name](spectrum, level).rank
         for name in ("energy", "global", "uniform", "alds")
