@@ -44,15 +44,23 @@ def build(width: int) -> keras.Model:
     )
 
 
-def prepare(model: keras.Model, rate: float, steps: int, args) -> None:
-    """Compiles with Adam; `steps` are those until a cosine decay ends."""
-    if args.cosine:
-        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+def prepare(model: keras.Model, rate: float) -> None:
+    """Compiles with Adam."""
     model.compile(
         keras.optimizers.Adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+
+
+def falling_rate(first: int, epochs: int) -> keras.callbacks.Callback:
+    """Lets the rate fall linearly from epoch `first`, to 0 after the last."""
+
+    def rate(epoch: int, now: float) -> float:
+        left = epochs - epoch
+        return now * left / (left + 1) if epoch >= first else now
+
+    return keras.callbacks.LearningRateScheduler(rate)
 
 
 def run(seed: int, data: tuple, args) -> dict:
@@ -62,9 +70,11 @@ def run(seed: int, data: tuple, args) -> dict:
     test = (test_x, test_y)
     model = build(args.width)
     steps = -(-len(x) // args.batch)
-    prepare(model, 1e-3, args.original_epochs * steps, args)
+    prepare(model, 1e-3)
     options = {"batch_size": args.batch, "verbose": 0}
-    model.fit(x, y, epochs=args.original_epochs, **options)
+    epochs = args.original_epochs
+    falling = falling_rate(0 if args.original_falls else epochs, epochs)
+    model.fit(x, y, epochs=epochs, callbacks=[falling], **options)
     original = model.evaluate(*test, verbose=0, batch_size=1000)[1]
     ks.wrap_model(
         model,
@@ -77,13 +87,16 @@ def run(seed: int, data: tuple, args) -> dict:
         end_step=args.decay_to * steps,
         overrides={"logits": {"rank": min(args.rank, 10)}},
     )
-    prepare(model, args.lr, args.epochs * steps, args)
-    monitor = ks.callbacks.TransferMonitor(test)
+    prepare(model, args.lr)
+    callbacks = [
+        ks.callbacks.TransferMonitor(test),
+        falling_rate(args.fall_from, args.epochs),
+    ]
     history = model.fit(
-        x, y, epochs=args.epochs, callbacks=[monitor], **options
+        x, y, epochs=args.epochs, callbacks=callbacks, **options
     ).history
     ks.finalize_transfer(model)
-    prepare(model, args.lr, steps, args)
+    prepare(model, args.lr)
     finished = model.evaluate(*test, verbose=0, batch_size=1000)[1]
     names = ("val_accuracy", "val_adapter_accuracy", "decay")
     return {
@@ -109,7 +122,17 @@ def main() -> None:
     add("--decay-to", type=int, default=27, help="epoch")
     add("--batch", type=int, default=128)
     add("--lr", type=float, default=1e-3)
-    add("--cosine", action="store_true", help="let the rate fall to 0")
+    add(
+        "--fall-from",
+        type=int,
+        default=30,
+        help="epoch from which the rate falls to 0; default: never",
+    )
+    add(
+        "--original-falls",
+        action="store_true",
+        help="the original trains with a falling rate as well",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     data = read(args.data)

@@ -19,6 +19,7 @@ QUIET = rich.console.Console(quiet=True)
 METHODS = tuple(ranks.RULES)
 # Grouped convolutions run but do not train on TensorFlow's CPU.
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+ON_JAX = keras.backend.backend() == "jax"
 
 
 def _numpy(x):
@@ -218,6 +219,27 @@ def test_export(tmp_path):
         small.predict(_images(), verbose=0),
         atol=1e-5,
     )
+
+
+@pytest.mark.skipif(ON_JAX, reason="its converter brings Flax and Equinox")
+@pytest.mark.filterwarnings("default")
+def test_export_to_onnx(tmp_path):
+    import onnxruntime
+
+    # On TensorFlow grouped convolutions run by XLA, which ONNX does not know.
+    method = "energy" if ON_TENSORFLOW else "alds"
+    small = ks.compress_model(_image_model(), ratio=0.4, method=method)
+    small.export(
+        tmp_path / "small.onnx",
+        format="onnx",
+        verbose=False,
+        input_signature=[keras.InputSpec("float32", (5, 8, 8, 4))],
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
+    (given,) = session.get_inputs()
+    (got,) = session.run(None, {given.name: _images()})
+    expected = small.predict(_images(), verbose=0)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_recovery_by_training_the_factors():
