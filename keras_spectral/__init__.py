@@ -1,7 +1,11 @@
 """Parameter-efficient fine-tuning and compression for Keras 3."""
 
+from keras_spectral import blocks
 from keras_spectral import callbacks
 from keras_spectral import plots
+from keras_spectral.blocks import BottleneckAdapter
+from keras_spectral.blocks import PrefixTuning
+from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.compression import LowRank
 from keras_spectral.compression import compress_model
 from keras_spectral.compression import compression_report
@@ -34,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterLayer",
+    "BottleneckAdapter",
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
@@ -41,10 +46,13 @@ __all__ = [
     "GatedSpectralDense",
     "LoRADense",
     "LowRank",
+    "PrefixTuning",
     "SpectralDense",
+    "UniPELTBlock",
     "adapter_summary",
     "adapters_alone",
     "adapters_disabled",
+    "blocks",
     "callbacks",
     "compress_model",
     "compression_report",

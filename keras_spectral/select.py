@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import keras
 
+from keras_spectral.blocks.kinds import block_kind
 from keras_spectral.kernels import LowRank
-from keras_spectral.kernels import view_class_of
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.surgery import output_layers
 from keras_spectral.surgery import own_variables
@@ -46,7 +46,8 @@ class Place:
 def places(model: keras.Model) -> list[Place]:
     """Every layer below the model once, in tracking order, with its path.
 
-    An adapter counts as the layer it wraps: its base has no place of its own.
+    An adapter counts as the layer it wraps: its base has no place of its own,
+    but what is inside of a wrapped block has.
 
     Args:
         model: The root; it has no path itself.
@@ -69,8 +70,9 @@ def places(model: keras.Model) -> list[Place]:
         for child, name, plain in zip(children, names, keys):
             place = Place(path + name, key + plain, child)
             found.append(place)
-            if not isinstance(child, AdapterLayer):
-                walk(child, f"{place.path}/", f"{place.key}/")
+            inside = _subject(child)
+            if inside is child or child.opens_base:
+                walk(inside, f"{place.path}/", f"{place.key}/")
 
     walk(model, "", "")
     return found
@@ -81,20 +83,28 @@ def select(
     candidates: list[Place],
     target: Target,
     exclude: Target | None = None,
+    adapter: type[AdapterLayer] = AdapterLayer,
 ) -> list[Place]:
     """The places that a target means, less those that `exclude` means.
+
+    Args:
+        model: The root of the candidates.
+        candidates: Where to choose.
+        target: What to choose.
+        exclude: What to leave out of that.
+        adapter: Of what class; a callable is asked of the layers it fits.
 
     Raises:
         ValueError: Nothing matches, a pattern is no regex or, in `exclude`,
             matches no layer, or a tied embedding is caught by a pattern.
     """
-    chosen = _matching(model, candidates, target)
+    chosen = _matching(model, candidates, target, adapter)
     if exclude is not None:
         _check_patterns(candidates, exclude)
-        dropped = _matching(model, candidates, exclude)
+        dropped = _matching(model, candidates, exclude, adapter)
         chosen = [place for place in chosen if place not in dropped]
     if not chosen:
-        shown = describe(adaptable(candidates))
+        shown = describe(adaptable(candidates, adapter))
         raise ValueError(
             f"Nothing in model '{model.name}' matches target={target!r}"
             + (f" with exclude={exclude!r}" if exclude is not None else "")
@@ -103,9 +113,11 @@ def select(
     return chosen
 
 
-def adaptable(candidates: list[Place]) -> list[Place]:
-    """The places whose layers a view covers."""
-    return [place for place in candidates if _covered(_subject(place.layer))]
+def adaptable(
+    candidates: list[Place], adapter: type[AdapterLayer] = AdapterLayer
+) -> list[Place]:
+    """The places whose layers an adapter class fits."""
+    return [p for p in candidates if _fits(adapter, _subject(p.layer))]
 
 
 def without_halves(candidates: list[Place]) -> list[Place]:
@@ -212,7 +224,7 @@ def _first_half(layer):
     return subject.down if isinstance(subject, LowRank) else subject
 
 
-def _matching(model, candidates, target):
+def _matching(model, candidates, target, adapter=AdapterLayer):
     if isinstance(target, str) and target not in _PRESETS:
         return _untied(match_paths(candidates, target), target)
     # Halves of a factorised layer are only found by their paths.
@@ -224,11 +236,11 @@ def _matching(model, candidates, target):
     if isinstance(target, type):
         return [p for p in candidates if isinstance(_subject(p.layer), target)]
     if callable(target):
-        asked = adaptable(candidates)
+        asked = adaptable(candidates, adapter)
         chosen = [p for p in asked if target(_subject(p.layer))]
         return _untied(chosen, target)
     if isinstance(target, Iterable):
-        parts = [_matching(model, candidates, part) for part in target]
+        parts = [_matching(model, candidates, p, adapter) for p in target]
         chosen = {id(place): place for part in parts for place in part}
         return [place for place in candidates if id(place) in chosen]
     raise ValueError(
@@ -251,9 +263,9 @@ def _untied(chosen, target):
     return chosen
 
 
-def _covered(layer):
+def _fits(adapter, layer):
     try:
-        view_class_of(layer)
+        adapter.check_base(layer)
     except ValueError:
         return False
     return True
@@ -292,8 +304,19 @@ def _all(model, candidates):
     return [p for p in covered if not isinstance(_subject(p.layer), _TIED)]
 
 
+def _blocks(model, candidates):
+    """Transformer blocks, and attention layers that stand in none."""
+    chosen = []
+    for place in candidates:
+        inside = chosen and place.path.startswith(f"{chosen[-1].path}/")
+        if block_kind(_subject(place.layer)) is not None and not inside:
+            chosen.append(place)
+    return chosen
+
+
 _PRESETS = {
     "attention": _attention,
+    "blocks": _blocks,
     "all-linear": _all_linear,
     "conv": _conv,
     "all": _all,

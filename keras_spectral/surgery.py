@@ -9,6 +9,7 @@ a layer sees the change as well.
 
 import contextlib
 import gc
+import inspect
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute
@@ -96,6 +97,20 @@ def build_in_place(layer: keras.layers.Wrapper, twin: int = 0) -> None:
         for name in names:
             stack.enter_context(keras.name_scope(name))
         layer.build(shape)
+
+
+def take_signature(layer: keras.layers.Layer, base: keras.layers.Layer) -> None:
+    """Lets a layer with a general `call` be called as another one is."""
+    signature = inspect.signature(base.call)
+    parameters = dict(signature.parameters)
+    if "training" not in parameters:
+        training = inspect.Parameter(
+            "training", inspect.Parameter.KEYWORD_ONLY, default=None
+        )
+        parameters["training"] = training
+    layer._call_signature = signature.replace(
+        parameters=sorted(parameters.values(), key=lambda p: p.kind)
+    )
 
 
 def replace_layers(

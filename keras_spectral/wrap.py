@@ -53,9 +53,10 @@ def wrap_model(
             a layer class, a callable `layer -> bool` that is asked of each
             layer an adapter fits, or one of
             `"attention"` (query and value projections), `"all-linear"`
-            (every Dense and EinsumDense but heads), `"conv"`, `"all"`.
-            Defaults to the method's own: `"attention"`, for convolutional
-            methods `"conv"`.
+            (every Dense and EinsumDense but heads), `"conv"`, `"all"`,
+            `"blocks"` (transformer blocks). Defaults to the method's own:
+            `"attention"`, for convolutional methods `"conv"`, for those
+            that adapt whole blocks `"blocks"`.
         exclude: What not to wrap; the same forms.
         trainable: Regexes of layers that stay trainable beside the adapters.
             Defaults to everything outside of `model.backbone` where there
@@ -89,7 +90,7 @@ def wrap_model(
     candidates = places(model)
     if target is None:
         target = adapter_class.default_target
-    chosen = select(model, candidates, target, exclude)
+    chosen = select(model, candidates, target, exclude, adapter_class)
     _check_chosen(model, chosen)
     kept = kept_places(model, candidates, trainable)
     per_layer = _options_per_layer(chosen, options, overrides or {})

@@ -15,10 +15,6 @@ from keras_spectral.spectra import factorize
 
 METHODS: dict[str, type["AdapterLayer"]] = {}
 
-# What the base would apply to its own output. The adapter holds and applies
-# it, because the correction enters before it.
-_HELD = ("activation", "activity_regularizer", "logit_soft_cap")
-
 
 def register_method(name: str):
     """Class decorator: makes an adapter known to `wrap_model` and to Keras."""
@@ -62,6 +58,11 @@ class AdapterLayer(keras.layers.Wrapper):
     method: str
     default_target = "attention"
     dropout = 0.0
+    # What the base would apply to its own output. The adapter holds and
+    # applies it, because the correction enters before it.
+    held = ("activation", "activity_regularizer", "logit_soft_cap")
+    # Whether the layers inside of the base keep places of their own.
+    opens_base = False
 
     def __init__(self, layer, **kwargs):
         if isinstance(layer, AdapterLayer):
@@ -70,7 +71,7 @@ class AdapterLayer(keras.layers.Wrapper):
                 f"({type(layer).__name__}). Expected a plain layer; unwrap "
                 "or merge it first."
             )
-        view_class_of(layer)
+        self.check_base(layer)
         kwargs.setdefault("name", layer.name)
         kwargs.setdefault("dtype", _float_policy(layer))
         kwargs.setdefault("autocast", layer.autocast)
@@ -84,7 +85,7 @@ class AdapterLayer(keras.layers.Wrapper):
         super().build(input_shape)
         self.hold()
         try:
-            self.view = kernel_view(self.layer)
+            self.view = self.view_of(self.layer)
             self.scale = self.add_weight(
                 name="scale",
                 shape=(),
@@ -95,6 +96,16 @@ class AdapterLayer(keras.layers.Wrapper):
         except Exception:
             self.release()
             raise
+
+    @classmethod
+    def check_base(cls, layer):
+        """Raises a ValueError unless the adapter fits the layer."""
+        view_class_of(layer)
+
+    @classmethod
+    def view_of(cls, layer):
+        """How the adapter sees its base."""
+        return kernel_view(layer)
 
     def add_weight(self, *args, **kwargs):
         """Adapter weights are float32 and stay so in `call`."""
@@ -212,8 +223,8 @@ class AdapterLayer(keras.layers.Wrapper):
             return
         self._holding = True
         self._base_trainable = self.layer.trainable
-        self.layer.trainable = False
-        for name in _HELD:
+        self.freeze_base()
+        for name in self.held:
             if hasattr(self.layer, name):
                 setattr(self, name, getattr(self.layer, name))
                 setattr(self.layer, name, None)
@@ -224,9 +235,13 @@ class AdapterLayer(keras.layers.Wrapper):
             return
         self._holding = False
         self.layer.trainable = self._base_trainable
-        for name in _HELD:
+        for name in self.held:
             if hasattr(self.layer, name):
                 setattr(self.layer, name, getattr(self, name))
+
+    def freeze_base(self):
+        """Keeps the base's weights from training."""
+        self.layer.trainable = False
 
     @classmethod
     def option_names(cls):
@@ -257,7 +272,7 @@ class AdapterLayer(keras.layers.Wrapper):
     def trainable(self, value):
         keras.layers.Layer.trainable.fset(self, value)
         if self._holding:
-            self.layer.trainable = False
+            self.freeze_base()
 
     def compute_mask(self, inputs, mask=None):
         return self.layer.compute_mask(inputs, mask)
@@ -274,7 +289,7 @@ class AdapterLayer(keras.layers.Wrapper):
             return super().__getattr__(name)
         except AttributeError:
             own = name.startswith("_") or name in ("layer", "view")
-            if own or (self._holding and name in _HELD):
+            if own or (self._holding and name in self.held):
                 raise
         view = getattr(self, "view", None)
         if view is not None and name == view.kernel_name:
@@ -288,7 +303,7 @@ def give_triplets(
     """Factorises all the kernels that some adapters are going to need."""
     requests = []
     for adapter in adapters:
-        view = kernel_view(adapter.layer)
+        view = adapter.view_of(adapter.layer)
         requests.append((adapter, view, adapter.triplets_needed(view)))
     needing = [(a, view, count) for a, view, count in requests if count]
     found = factorize([(view, count) for _, view, count in needing], svd_cache)

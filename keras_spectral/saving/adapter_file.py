@@ -126,7 +126,7 @@ def apply_adapters(
 def _give_placeholders(adapters):
     """Spares the work of factorising kernels whose factors the file has."""
     for adapter in adapters:
-        view = kernel_view(adapter.layer)
+        view = adapter.view_of(adapter.layer)
         count = adapter.triplets_needed(view)
         if count:
             shapes = ((view.n_in, count), (count,), (view.n_out, count))

@@ -1,0 +1,181 @@
+"""BottleneckAdapter: a small two-layer net inside of a transformer block."""
+
+import keras
+from keras import ops
+
+from keras_spectral.blocks.block_adapter import BlockAdapter
+from keras_spectral.blocks.detours import Detour
+from keras_spectral.blocks.parts import dense
+from keras_spectral.blocks.parts import dense_weights
+from keras_spectral.blocks.parts import spread
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.layers.adapter import register_method
+
+PLACEMENTS = ("pfeiffer", "houlsby", "parallel", "post")
+
+
+@register_method("bottleneck")
+class BottleneckAdapter(BlockAdapter):
+    """A small trained net in each block: `z + strength * up(f(down(z)))`.
+
+    `down` is a Dense width -> size, f the activation, `up` a Dense
+    size -> width that starts at zero, so the block starts as the base.
+    What z is says `placement`:
+
+    - `"pfeiffer"`: the feed-forward net's output, before the residual sum;
+    - `"houlsby"`: that and, by a second net, the attention's output;
+    - `"parallel"`: the feed-forward net's input, and the result joins its
+      output: `ffn(z) + strength * up(f(down(z)))`;
+    - `"post"`: the block's output.
+
+    `channel_scale=True` multiplies by a trained number for each channel,
+    ones at the start; with `placement="post"` and `activation="gelu"` that
+    is Adapter+. A net trains `2 * width * size + size + width` numbers, and
+    `width` more with `channel_scale`.
+
+    Use it where LoRA on attention is not enough: it is not linear and so
+    does more with as many weights, but it cannot be merged and costs time at
+    inference.
+
+    Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv
+    2005.00247; parallel: He et al. 2021, arXiv 2110.04366; Adapter+: Steitz
+    and Roth 2024, arXiv 2406.06820.
+
+    Args:
+        layer: The block.
+        size: Width of the bottleneck. Defaults to a 16th of the block's.
+        placement: `"pfeiffer"`, `"houlsby"`, `"parallel"` or `"post"`.
+        activation: f, any of Keras's activations.
+        strength: What the net's output is multiplied by.
+        channel_scale: Whether each channel has a trained strength besides.
+        seed: Integer seed of the start of `down`.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the block takes; further arguments go to the block.
+
+    Input shape: the block's. Output shape: the block's.
+
+    Raises:
+        ValueError: A bad option; a block of unknown kind; merging.
+
+    Example:
+
+    >>> block = keras.layers.MultiHeadAttention(2, 4, name="attention")
+    >>> x = keras.ops.ones((1, 3, 32))
+    >>> before = block(x, x)
+    >>> layer = BottleneckAdapter(block, placement="post")
+    >>> bool(keras.ops.all(layer(x, x) == before))
+    True
+    >>> [tuple(w.shape) for w in layer.trainable_weights]
+    [(32, 2), (2,), (2, 32), (32,)]
+    """
+
+    def __init__(
+        self,
+        layer,
+        size=None,
+        placement="pfeiffer",
+        activation="relu",
+        strength=1.0,
+        channel_scale=False,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        if size is not None:
+            check_rank(size, "size")
+        check_choice(placement, "placement", PLACEMENTS)
+        check_number(strength, "strength")
+        self.size = size
+        self.placement = placement
+        self.activation = activation
+        self.strength = strength
+        self.channel_scale = bool(channel_scale)
+        self.seed = seed
+
+    def initial_scale(self):
+        return self.strength
+
+    def build_adapter(self):
+        width = self.view.width
+        size = self.size or max(1, width // 16)
+        options = (size, self.activation, self.channel_scale, self.seed)
+        self.net = Bottleneck(self, "adapter", *options)
+        if self.placement == "houlsby":
+            self.attention_net = Bottleneck(self, "attention", *options)
+        if self.placement != "post":
+            self.view.slot("last")  # raises where there is none
+
+    def detours(self, run):
+        def strength(z):
+            return self.scale
+
+        if self.placement == "post":
+            return []
+        first, last = self.view.slot("first"), self.view.slot("last")
+        if self.placement == "parallel":
+            return self.net.beside(first, last, strength)
+        found = self.net.after(last, strength)
+        if self.placement == "houlsby":
+            output = self.view.slot("output")
+            found += self.attention_net.after(output, strength)
+        return found
+
+    def end(self, outputs, run):
+        if self.placement != "post":
+            return outputs
+        several = isinstance(outputs, tuple)
+        z, *rest = outputs if several else [outputs]
+        z = z + self.net(z) * spread(self.scale, z)
+        return (z, *rest) if several else z
+
+
+class Bottleneck:
+    """The net `up(f(down(z)))`; zero at the start."""
+
+    def __init__(
+        self, adapter, name, size, activation="relu", channels=False, seed=None
+    ):
+        width = adapter.view.width
+        self.size = size
+        self.activation = keras.activations.get(activation)
+        start = keras.initializers.GlorotUniform(seed)
+        self.down = dense_weights(adapter, f"{name}_down", width, size, start)
+        self.up = dense_weights(adapter, f"{name}_up", size, width, "zeros")
+        self.channels = None
+        if channels:
+            self.channels = adapter.add_weight(
+                name=f"{name}_channels", shape=(width,), initializer="ones"
+            )
+
+    def __call__(self, z):
+        outputs = dense(self.activation(dense(z, *self.down)), *self.up)
+        if self.channels is not None:
+            outputs = outputs * ops.cast(self.channels, outputs.dtype)
+        return outputs
+
+    def after(self, slot, strength) -> list[Detour]:
+        """Joins the output of a piece: `z + strength(z) * net(z)`."""
+
+        def joined(original, *args, **kwargs):
+            z = original(*args, **kwargs)
+            return z + self(z) * spread(strength(z), z)
+
+        return [(*slot, joined)]
+
+    def beside(self, first, last, strength) -> list[Detour]:
+        """Joins the output of `last`, computed from the input of `first`."""
+        seen = []
+
+        def see(original, z, *args, **kwargs):
+            seen.append(z)
+            return original(z, *args, **kwargs)
+
+        def joined(original, *args, **kwargs):
+            outputs, z = original(*args, **kwargs), seen.pop()
+            return outputs + self(z) * spread(strength(z), outputs)
+
+        return [(*first, see), (*last, joined)]

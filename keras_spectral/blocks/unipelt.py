@@ -1,0 +1,324 @@
+"""UniPELTBlock: LoRA, prefix and bottleneck of a block behind gates."""
+
+import keras
+from keras import ops
+
+from keras_spectral.blocks.block_adapter import BlockAdapter
+from keras_spectral.blocks.bottleneck import Bottleneck
+from keras_spectral.blocks.detours import Detour
+from keras_spectral.blocks.gates import GATES
+from keras_spectral.blocks.gates import absolute
+from keras_spectral.blocks.gates import entropy
+from keras_spectral.blocks.parts import spread
+from keras_spectral.blocks.prefix import Prefix
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.layers.adapter import register_method
+
+_LOW = 0.05  # a gate whose mean stays below is of no use
+
+
+@register_method("unipelt")
+class UniPELTBlock(BlockAdapter):
+    """LoRA, prefix and bottleneck adapter in one block, each behind a gate.
+
+    - LoRA on query and value: `y = base(x) + g x A B`, B zero at the start;
+    - prefix: `attention(Q, [g P_k; K], [g P_v; V])`;
+    - adapter: `z + g up(relu(down(z)))`, z the feed-forward net's output, up
+      zero at the start.
+
+    The gates g, one number for each example, are by `gate`:
+
+    - `"sigmoid"` (the paper): `g = mean over tokens of sigmoid(h w + c)` with
+      h the part's own input; query and value have a gate each;
+    - `"softmax"`: shares of the three parts that sum to 1,
+      `softmax(Dense(Dense(mean over tokens of the block's input, 64, relu))
+      / temperature)`, held equal for the first `warmup_steps`;
+    - `"gumbel"`: each part is on or off for all examples, by a trained logit;
+      for `search_parts`.
+
+    Means are over tokens that the padding mask lets through. `penalty` times
+    `sparsity` joins the loss: `"entropy"` (-sum g log g), `"l1"` (sum |g|)
+    or `"latency"` (gumbel: the sum of the parts' probabilities, each times
+    its share of the work). In cached generation gates see only the tokens of
+    one call: all of the prompt, then one by one.
+
+    It cannot be merged: only LoRA could be, and its gate differs from
+    example to example.
+
+    Source: Mao et al. 2022, arXiv 2110.07577, section 3; softmax shares and
+    the search: this project's notes (METHODS, section A).
+
+    Args:
+        layer: The block.
+        lora: Rank of LoRA on query and value; 0 leaves the part out.
+        prefix: Length of the prefix; 0 leaves it out.
+        adapter: Width of the bottleneck; 0 leaves it out, None is a 16th of
+            the block's width.
+        prefix_hidden: Units of the net that computes the prefix, or None.
+        gate: `"sigmoid"`, `"softmax"` or `"gumbel"`.
+        temperature: Softness of "softmax" and "gumbel", above 0.
+        sparsity: Weight of the penalty. Defaults to 1e-4 for "softmax", else
+            0.
+        penalty: `"entropy"`, `"l1"` or `"latency"`.
+        warmup_steps: Training steps of equal shares ("softmax").
+        init_stddev: Deviation of the gates' starts.
+        mask_padding: False lets gates see padding as well, as the authors do.
+        seed: Integer seed of the starts.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the block takes; further arguments go to the block.
+        training: Boolean, whether steps are counted and penalties added.
+
+    Input shape: the block's. Output shape: the block's.
+
+    Raises:
+        ValueError: A bad option; no part at all; a block of unknown kind or
+            without the pieces that a part needs; merging.
+
+    Example:
+
+    >>> block = keras.layers.MultiHeadAttention(2, 4, name="attention")
+    >>> x = keras.ops.ones((2, 3, 8))
+    >>> outputs = block(x, x)
+    >>> layer = UniPELTBlock(block, lora=2, prefix=4, adapter=0)
+    >>> outputs = layer(x, x)
+    >>> sorted(layer.gate_values)
+    ['lora_query', 'lora_value', 'prefix']
+    """
+
+    def __init__(
+        self,
+        layer,
+        lora=8,
+        prefix=10,
+        adapter=None,
+        prefix_hidden=None,
+        gate="sigmoid",
+        temperature=1.0,
+        sparsity=None,
+        penalty="entropy",
+        warmup_steps=500,
+        init_stddev=0.02,
+        mask_padding=True,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        for name, value in (("lora", lora), ("prefix", prefix)):
+            if value != 0:
+                check_rank(value, name)
+        if adapter:
+            check_rank(adapter, "adapter")
+        if not lora and not prefix and adapter == 0:
+            raise ValueError(
+                "Received lora=0, prefix=0, adapter=0. Expected at least one "
+                "part."
+            )
+        check_choice(gate, "gate", tuple(GATES))
+        check_number(temperature, "temperature", 1e-6)
+        check_choice(penalty, "penalty", ("entropy", "l1", "latency"))
+        check_number(warmup_steps, "warmup_steps", 0)
+        check_number(init_stddev, "init_stddev", 0)
+        if sparsity is not None:
+            check_number(sparsity, "sparsity", 0)
+        if (penalty == "latency") != (gate == "gumbel") and sparsity:
+            raise ValueError(
+                f"Received gate={gate!r} with penalty={penalty!r}. Expected "
+                "'latency' with 'gumbel' gates, 'entropy' or 'l1' with others."
+            )
+        self.lora = lora
+        self.prefix = prefix
+        self.adapter = adapter
+        self.prefix_hidden = prefix_hidden
+        self.gate = gate
+        self.temperature = temperature
+        self.sparsity = sparsity
+        self.penalty = penalty
+        self.warmup_steps = warmup_steps
+        self.init_stddev = init_stddev
+        self.mask_padding = bool(mask_padding)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def build_adapter(self):
+        view, seed = self.view, self.seed
+        sizes = {}
+        self.pairs = {}
+        for part in ("query", "value") if self.lora else ():
+            pair = LowRankPart(self, f"lora_{part}", part, self.lora, seed)
+            self.pairs[f"lora_{part}"] = pair
+            sizes[f"lora_{part}"] = pair.view.n_in
+        self.rows = self.net = None
+        if self.prefix:
+            self.rows = Prefix(
+                self, "prefix", self.prefix, self.prefix_hidden, seed
+            )
+            sizes["prefix"] = view.linear("query").n_in
+        if self.adapter != 0:
+            size = self.adapter or max(1, view.width // 16)
+            view.slot("last")  # raises where there is none
+            self.net = Bottleneck(self, "adapter", size, seed=seed)
+            sizes["adapter"] = view.width
+        if self.gate != "sigmoid":
+            sizes = {name.split("_")[0]: size for name, size in sizes.items()}
+        self.gates = GATES[self.gate](self, sizes)
+        self.gate_names = list(sizes)
+        self._add_records(len(sizes))
+
+    def _add_records(self, count):
+        """What the gates did: in the last call, and since `reset_gates`."""
+        for name, shape in (
+            ("last_gates", (2, count)),
+            ("gate_sums", (2, count)),
+            ("gate_examples", ()),
+            ("low_steps", (count,)),
+            ("step", ()),
+        ):
+            variable = self.add_weight(
+                name=name, shape=shape, initializer="zeros", trainable=False
+            )
+            setattr(self, name, variable)
+
+    def begin(self, run):
+        if not self.mask_padding:
+            run.padding = None
+        if run.training:
+            self.step.assign_add(1.0)
+        run.attended = run.inputs
+        run.gates = self.gates.begin(run)
+
+    def detours(self, run) -> list[Detour]:
+        def strength(name):
+            return lambda z: self._gate(name, z, run) * self.scale
+
+        found = []
+        for name, pair in self.pairs.items():
+            found += pair.detours(strength(name))
+        if self.rows is not None:
+            found += self.rows.detours(
+                self.view,
+                lambda: self._gate("prefix", run.attended, run),
+                lambda: self._shown(run),
+            )
+        if self.net is not None:
+            found += self.net.after(self.view.slot("last"), strength("adapter"))
+        if self.view.kind.attention:
+            found.append((*self.view.slot("attention"), _seen_by(run)))
+        return found
+
+    def end(self, outputs, run):
+        gates = ops.stack([run.gates[name] for name in self.gate_names], axis=1)
+        if run.training:
+            self._add_penalty(gates)
+        self._record(ops.stop_gradient(gates), run.training)
+        return outputs
+
+    def _gate(self, name, z, run):
+        """The gate (batch,) of a part, kept in `run.gates`."""
+        key = name if self.gate == "sigmoid" else name.split("_")[0]
+        if key not in run.gates:
+            run.gates[key] = self.gates.gate(key, z, run)
+        return run.gates[key]
+
+    def _shown(self, run):
+        """Not zero where the prefix is there."""
+        if self.gate != "gumbel":
+            return self.scale
+        return self.scale * run.gates["prefix"]
+
+    def _add_penalty(self, gates):
+        weight = self.sparsity
+        if weight is None:
+            weight = 1e-4 if self.gate == "softmax" else 0.0
+        if not weight:
+            return
+        if self.penalty == "latency":
+            costs = ops.convert_to_tensor(self.costs(), "float32")
+            size = ops.sum(self.gates.probabilities() * costs)
+        else:
+            size = {"entropy": entropy, "l1": absolute}[self.penalty](gates)
+        self.add_loss(weight * size)
+
+    def costs(self):
+        """Multiplications of each part for one token, as shares of the sum."""
+        each = {"lora": 0, "prefix": 0, "adapter": 0}
+        for pair in self.pairs.values():
+            each["lora"] += self.lora * (pair.view.n_in + pair.view.n_out)
+        if self.rows is not None:
+            each["prefix"] = self.prefix * sum(self.rows.sizes)
+        if self.net is not None:
+            each["adapter"] = 2 * self.view.width * self.net.size
+        total = sum(each.values())
+        return [each[name.split("_")[0]] / total for name in self.gate_names]
+
+    def _record(self, gates, training):
+        mean = ops.mean(gates, axis=0)
+        deviation = ops.std(gates, axis=0)
+        self.last_gates.assign(ops.stack([mean, deviation]))
+        sums = [ops.sum(gates, axis=0), ops.sum(ops.square(gates), axis=0)]
+        self.gate_sums.assign_add(ops.stack(sums))
+        examples = ops.cast(ops.shape(gates)[0], "float32")
+        self.gate_examples.assign_add(examples)
+        if training:
+            low = ops.cast(mean < _LOW, "float32")
+            self.low_steps.assign(low * (self.low_steps + 1))
+
+    @property
+    def gate_values(self) -> dict[str, tuple[float, float]]:
+        """Mean and deviation of each gate over the last call's examples."""
+        means, deviations = ops.convert_to_numpy(self.last_gates).tolist()
+        return dict(zip(self.gate_names, zip(means, deviations)))
+
+    def gate_statistics(self) -> dict[str, tuple[float, float]]:
+        """Mean and deviation of each gate since `reset_gates`."""
+        count = max(float(self.gate_examples), 1.0)
+        means, squares = ops.convert_to_numpy(self.gate_sums) / count
+        deviations = (squares - means**2).clip(0) ** 0.5
+        pairs = zip(means.tolist(), deviations.tolist())
+        return dict(zip(self.gate_names, pairs))
+
+    def reset_gates(self) -> None:
+        """Forgets what the gates were."""
+        self.gate_sums.assign(ops.zeros_like(self.gate_sums))
+        self.gate_examples.assign(0.0)
+
+
+class LowRankPart:
+    """A LoRA pair on a projection of a block: `y + strength * x A B`."""
+
+    def __init__(self, adapter, name, part, rank, seed):
+        self.view = adapter.view.linear(part)
+        self.slot = adapter.view.slot(part)
+        bound = self.view.fan_in**-0.5
+        start = keras.initializers.RandomUniform(-bound, bound, seed)
+        self.a = adapter.add_weight(
+            name=f"{name}_a", shape=(self.view.n_in, rank), initializer=start
+        )
+        self.b = adapter.add_weight(
+            name=f"{name}_b", shape=(rank, self.view.n_out), initializer="zeros"
+        )
+
+    def detours(self, strength) -> list[Detour]:
+        calls = []
+
+        def adapted(original, x):
+            outputs = original(x)
+            calls.append(x)
+            if len(calls) > 1:  # DeBERTa's position embeddings
+                return outputs
+            a, b = (ops.cast(w, x.dtype) for w in (self.a, self.b))
+            delta = self.view.apply(x, a, b)
+            return outputs + delta * spread(strength(x), delta)
+
+        return [(*self.slot, adapted)]
+
+
+def _seen_by(run):
+    def see(original, *args, **kwargs):
+        run.attended = (*args, *kwargs.values())[0]
+        return original(*args, **kwargs)
+
+    return see

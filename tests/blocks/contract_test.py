@@ -1,0 +1,267 @@
+"""What every adapter of a block promises."""
+
+import dataclasses
+import inspect
+
+import block_cases
+import keras
+import numpy as np
+import pytest
+from block_cases import TOKENS
+from block_cases import WIDTH
+from keras import ops
+
+import keras_spectral as ks
+from keras_spectral.blocks import BlockAdapter
+from keras_spectral.wrap import adapter_places
+
+
+def _net(size):
+    return 2 * WIDTH * size + size + WIDTH
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Options of an adapter, and how many weights a block then trains."""
+
+    adapter: str
+    name: str
+    options: dict
+    size: int
+    starts_as_base: bool = True
+
+
+_PARTS = {"lora": 2, "prefix": 3, "adapter": 2}
+_PARTS_SIZE = 2 * 2 * 2 * WIDTH + 3 * 2 * WIDTH + _net(2)
+VARIANTS = [
+    Variant("BottleneckAdapter", "pfeiffer", {"size": 2}, _net(2)),
+    Variant(
+        "BottleneckAdapter",
+        "houlsby",
+        {"size": 2, "placement": "houlsby", "activation": "gelu"},
+        2 * _net(2),
+    ),
+    Variant(
+        "BottleneckAdapter",
+        "parallel",
+        {"placement": "parallel", "strength": 4.0},
+        _net(1),
+    ),
+    Variant(
+        "BottleneckAdapter",
+        "post",
+        {"size": 2, "placement": "post", "channel_scale": True},
+        _net(2) + WIDTH,
+    ),
+    Variant("PrefixTuning", "flat", {"length": 3}, 6 * WIDTH, False),
+    Variant(
+        "PrefixTuning",
+        "hidden",
+        {"length": 3, "hidden": 4},
+        3 * WIDTH + WIDTH * 4 + 4 + 4 * 2 * WIDTH + 2 * WIDTH,
+        False,
+    ),
+    Variant(
+        "UniPELTBlock",
+        "sigmoid",
+        {**_PARTS, "sparsity": 0.01, "penalty": "l1"},
+        _PARTS_SIZE + 4 * (WIDTH + 1),
+        False,
+    ),
+    Variant(
+        "UniPELTBlock",
+        "softmax",
+        {**_PARTS, "gate": "softmax", "warmup_steps": 0},
+        _PARTS_SIZE + 64 * (WIDTH + 1) + 3 * 65,
+        False,
+    ),
+    Variant(
+        "UniPELTBlock",
+        "gumbel",
+        {
+            **_PARTS,
+            "gate": "gumbel",
+            "sparsity": 0.1,
+            "penalty": "latency",
+        },
+        _PARTS_SIZE + 3,
+        False,
+    ),
+    Variant(
+        "UniPELTBlock",
+        "no_prefix",
+        {**_PARTS, "prefix": 0, "mask_padding": False},
+        _PARTS_SIZE - 6 * WIDTH + 3 * (WIDTH + 1),
+    ),
+]
+CONTRACT = pytest.mark.parametrize(
+    "variant", [pytest.param(v, id=v.name) for v in VARIANTS]
+)
+
+
+def test_no_adapter_of_blocks_skips_the_contract():
+    adapters = {
+        name
+        for name in ks.__all__
+        if inspect.isclass(getattr(ks, name))
+        and issubclass(getattr(ks, name), BlockAdapter)
+    }
+    assert adapters == {variant.adapter for variant in VARIANTS}
+
+
+def _numpy(x):
+    return ops.convert_to_numpy(ops.cast(x, "float32"))
+
+
+def _outputs(model):
+    return _numpy(model(block_cases.inputs()))
+
+
+def _wrapped(variant, dtype=None):
+    model = block_cases.model(dtype=dtype)
+    plain = _outputs(model)
+    cls = getattr(ks, variant.adapter)
+    ks.wrap_model(model, cls, seed=1, **variant.options)
+    adapters = [place.layer for place in adapter_places(model)]
+    assert [type(adapter) for adapter in adapters] == [cls, cls]
+    return model, adapters, plain
+
+
+def _randomize(adapters):
+    rng = np.random.default_rng(5)
+    for adapter in adapters:
+        for weight in adapter.trainable_weights:
+            weight.assign(weight + rng.normal(0, 0.5, weight.shape))
+
+
+@CONTRACT
+def test_starts_as_the_base_with_the_right_count(variant):
+    model, _, plain = _wrapped(variant)
+    got = _outputs(model)
+    assert np.array_equal(got, plain) == variant.starts_as_base
+    assert np.isfinite(got).all()
+    count = sum(np.prod(w.shape) for w in model.trainable_weights)
+    assert count == 2 * variant.size
+
+
+@CONTRACT
+def test_fit_moves_the_adapters_and_nothing_else(variant):
+    model, adapters, plain = _wrapped(variant)
+    frozen = [w.numpy() for a in adapters for w in a.layer.weights]
+    before = [w.numpy() for w in model.trainable_weights]
+    model.trainable = True  # must not thaw the base
+    model.compile(optimizer=keras.optimizers.Adam(0.05), loss="mse")
+    model.fit(block_cases.inputs(), 2 * plain + 1, epochs=3, verbose=0)
+    after = [w for a in adapters for w in a.layer.weights]
+    for weight, value in zip(after, frozen):
+        np.testing.assert_array_equal(weight.numpy(), value)
+    for weight, value in zip(model.trainable_weights, before):
+        assert np.abs(weight.numpy() - value).max() > 0, weight.path
+
+
+@CONTRACT
+def test_disabled_and_unwrapped(variant):
+    model, adapters, plain = _wrapped(variant)
+    _randomize(adapters)
+    adapted = _outputs(model)
+    assert np.abs(adapted - plain).max() > 1e-3
+    with ks.adapters_disabled(model):
+        # A prefix that is masked leaves the last digit of a sum to chance.
+        np.testing.assert_allclose(_outputs(model), plain, atol=1e-6)
+    with ks.unwrapped(model):
+        np.testing.assert_array_equal(_outputs(model), plain)
+    np.testing.assert_allclose(_outputs(model), adapted, atol=1e-6)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        ks.merge_model(model)
+    ks.unwrap_model(model)
+    np.testing.assert_array_equal(_outputs(model), plain)
+    for name in ("block_0", "block_1"):
+        block = model.get_layer(name)
+        assert len(block.trainable_weights) == len(block.weights)
+
+
+@CONTRACT
+def test_padding_is_without_effect(variant):
+    if not variant.options.get("mask_padding", True):
+        return
+    model, adapters, _ = _wrapped(variant)
+    _randomize(adapters)
+    inputs = block_cases.inputs()
+    kept = inputs["mask"] == 1
+    before = _outputs(model)[kept]
+    inputs["x"] = np.where(kept[..., None], inputs["x"], 7.0)
+    np.testing.assert_allclose(_numpy(model(inputs))[kept], before, atol=1e-5)
+
+
+@CONTRACT
+def test_hand_built_layers_round_trip_and_go_on_learning(variant, tmp_path):
+    cls = getattr(ks, variant.adapter)
+    layers = [
+        cls(block_cases.Block(name=f"block_{i}"), seed=1, **variant.options)
+        for i in range(2)
+    ]
+    model = block_cases.model(layers)
+    _randomize(layers)
+    expected = _outputs(model)
+    assert model.output_shape == (None, TOKENS, WIDTH)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(_outputs(again), expected, atol=1e-6)
+    other = again.get_layer("block_0")
+    assert other.options() == layers[0].options()
+    before = [w.numpy() for w in other.trainable_weights]
+    again.compile(optimizer="sgd", loss="mse")
+    again.fit(block_cases.inputs(), np.ones_like(expected), verbose=0)
+    after = [w.numpy() for w in other.trainable_weights]
+    assert any(np.abs(x - y).max() > 0 for x, y in zip(before, after))
+
+
+@CONTRACT
+def test_adapter_file_round_trip(variant, tmp_path):
+    model, adapters, _ = _wrapped(variant)
+    _randomize(adapters)
+    adapted = _outputs(model)
+    ks.save_adapters(model, tmp_path / "adapters.safetensors")
+    fresh = block_cases.model()
+    for new, old in zip(
+        fresh.weights, model.get_layer("block_0").layer.weights
+    ):
+        assert new.shape == old.shape
+    ks.unwrap_model(model)
+    ks.load_adapters(model, tmp_path / "adapters.safetensors")
+    np.testing.assert_allclose(_outputs(model), adapted, atol=1e-6)
+
+
+@CONTRACT
+def test_mixed_bfloat16(variant):
+    expected = _outputs(_wrapped(variant)[0])
+    model, _, plain = _wrapped(variant, "mixed_bfloat16")
+    outputs = model(block_cases.inputs())
+    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
+    assert all(w.dtype == "float32" for w in model.trainable_weights)
+    np.testing.assert_allclose(_numpy(outputs), expected, atol=0.1)
+    model.compile(optimizer="adam", loss="mse")
+    model.fit(block_cases.inputs(), plain, verbose=0)
+
+
+def test_an_unknown_block_raises_with_the_way_out():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="register_block"):
+        ks.wrap_model(model, "prefix", target="dense.*")
+    with pytest.raises(ValueError, match="Nothing in model"):
+        ks.wrap_model(model, "prefix")
+
+
+def test_lora_inside_of_a_wrapped_block_trains_as_well():
+    model, adapters, plain = _wrapped(VARIANTS[0])
+    ks.wrap_model(model, "lora", target=r"block_\d/attention/query", rank=2)
+    assert len(adapter_places(model)) == 4
+    extra = 2 * 2 * 2 * WIDTH
+    count = sum(np.prod(w.shape) for w in model.trainable_weights)
+    assert count == 2 * _net(2) + extra
+    model.compile(optimizer="adam", loss="mse")
+    model.trainable = True
+    assert sum(np.prod(w.shape) for w in model.trainable_weights) == count
+    model.fit(block_cases.inputs(), plain + 1, verbose=0)
+    ks.unwrap_model(model)
+    np.testing.assert_array_equal(_outputs(model), plain)
