@@ -182,10 +182,13 @@ class BlockView:
         block: The block.
         attention: Its self-attention layer.
         width: Size of the vectors that run through the block.
+        kernel_name: None, because a block has no kernel of its own.
 
     Raises:
         ValueError: The block's kind is not known.
     """
+
+    kernel_name = None
 
     def __init__(self, block: keras.layers.Layer):
         self.block = block

@@ -282,7 +282,7 @@ class UniPELTBlock(BlockAdapter):
 
     def reset_gates(self) -> None:
         """Forgets what the gates were."""
-        self.gate_sums.assign(ops.zeros_like(self.gate_sums))
+        self.gate_sums.assign(ops.zeros(self.gate_sums.shape))
         self.gate_examples.assign(0.0)
 
 
