@@ -18,6 +18,10 @@ from keras_spectral.contexts import merged
 from keras_spectral.contexts import unwrapped
 from keras_spectral.convert import freeze_gates
 from keras_spectral.convert import to_lora
+from keras_spectral.gate_search import collect_gates
+from keras_spectral.gate_search import prune_parts
+from keras_spectral.gate_search import search_parts
+from keras_spectral.gate_search import tune_gates
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
@@ -54,6 +58,7 @@ __all__ = [
     "adapters_disabled",
     "blocks",
     "callbacks",
+    "collect_gates",
     "compress_model",
     "compression_report",
     "distiller",
@@ -64,9 +69,12 @@ __all__ = [
     "merge_model",
     "merged",
     "plots",
+    "prune_parts",
     "save_adapters",
+    "search_parts",
     "search_rank",
     "to_lora",
+    "tune_gates",
     "unwrap_model",
     "unwrapped",
     "wrap_model",

@@ -69,7 +69,7 @@ def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
 
         return new, fill
 
-    _exchange(model, list(pairs), make)
+    exchange(model, list(pairs), make)
     return errors
 
 
@@ -112,7 +112,7 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
 
         return new, fill
 
-    _exchange(model, old, make)
+    exchange(model, old, make)
     return model
 
 
@@ -131,7 +131,7 @@ def _lora_pair(adapter, rank):
     return (a, b), float(ops.convert_to_numpy(ops.norm(missing) / size))
 
 
-def _exchange(
+def exchange(
     model: keras.Model,
     adapters: list[AdapterLayer],
     make: Callable[[AdapterLayer], tuple[AdapterLayer, Callable[[], None]]],

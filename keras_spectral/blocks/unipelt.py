@@ -16,7 +16,7 @@ from keras_spectral.layers.adapter import check_number
 from keras_spectral.layers.adapter import check_rank
 from keras_spectral.layers.adapter import register_method
 
-_LOW = 0.05  # a gate whose mean stays below is of no use
+LOW_GATE = 0.05  # a part whose mean gate stays below is of no use
 
 
 @register_method("unipelt")
@@ -166,6 +166,7 @@ class UniPELTBlock(BlockAdapter):
             sizes = {name.split("_")[0]: size for name, size in sizes.items()}
         self.gates = GATES[self.gate](self, sizes)
         self.gate_names = list(sizes)
+        self.collected = None  # a list, while `collect_gates` runs
         self._add_records(len(sizes))
 
     def _add_records(self, count):
@@ -213,7 +214,10 @@ class UniPELTBlock(BlockAdapter):
         gates = ops.stack([run.gates[name] for name in self.gate_names], axis=1)
         if run.training:
             self._add_penalty(gates)
-        self._record(ops.stop_gradient(gates), run.training)
+        gates = ops.stop_gradient(gates)
+        self._record(gates, run.training)
+        if self.collected is not None:
+            self.collected.append(gates)
         return outputs
 
     def _gate(self, name, z, run):
@@ -236,23 +240,28 @@ class UniPELTBlock(BlockAdapter):
         if not weight:
             return
         if self.penalty == "latency":
-            costs = ops.convert_to_tensor(self.costs(), "float32")
-            size = ops.sum(self.gates.probabilities() * costs)
+            size = ops.sum(self.gates.probabilities() * self._costs())
         else:
             size = {"entropy": entropy, "l1": absolute}[self.penalty](gates)
         self.add_loss(weight * size)
 
-    def costs(self):
-        """Multiplications of each part for one token, as shares of the sum."""
-        each = {"lora": 0, "prefix": 0, "adapter": 0}
-        for pair in self.pairs.values():
-            each["lora"] += self.lora * (pair.view.n_in + pair.view.n_out)
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts there are, and how many numbers each multiplies by."""
+        sizes = {}
+        if self.pairs:
+            pairs = [pair.view for pair in self.pairs.values()]
+            sizes["lora"] = self.lora * sum(v.n_in + v.n_out for v in pairs)
         if self.rows is not None:
-            each["prefix"] = self.prefix * sum(self.rows.sizes)
+            sizes["prefix"] = self.prefix * sum(self.rows.sizes)
         if self.net is not None:
-            each["adapter"] = 2 * self.view.width * self.net.size
-        total = sum(each.values())
-        return [each[name.split("_")[0]] / total for name in self.gate_names]
+            sizes["adapter"] = 2 * self.view.width * self.net.size
+        return sizes
+
+    def _costs(self):
+        """The parts' shares of the work that they add for one token."""
+        sizes = list(self.parts.values())
+        return ops.convert_to_tensor([s / sum(sizes) for s in sizes], "float32")
 
     def _record(self, gates, training):
         mean = ops.mean(gates, axis=0)
@@ -263,7 +272,7 @@ class UniPELTBlock(BlockAdapter):
         examples = ops.cast(ops.shape(gates)[0], "float32")
         self.gate_examples.assign_add(examples)
         if training:
-            low = ops.cast(mean < _LOW, "float32")
+            low = ops.cast(mean < LOW_GATE, "float32")
             self.low_steps.assign(low * (self.low_steps + 1))
 
     @property

@@ -1,6 +1,7 @@
 """What must see the training loop."""
 
 from keras_spectral.callbacks.gate_monitor import GateMonitor
+from keras_spectral.callbacks.gate_recorder import GateRecorder
 from keras_spectral.callbacks.transfer_monitor import TransferMonitor
 
-__all__ = ["GateMonitor", "TransferMonitor"]
+__all__ = ["GateMonitor", "GateRecorder", "TransferMonitor"]

@@ -1,4 +1,4 @@
-"""Where a picture is drawn."""
+"""Where a picture is drawn, and what layers are called in it."""
 
 
 def new_axes(ax, size):
@@ -13,3 +13,12 @@ def new_axes(ax, size):
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
+
+
+def short_paths(paths):
+    """Paths without the start that all share."""
+    parts = [path.split("/") for path in paths]
+    same = 0
+    while all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
+        same += 1
+    return ["/".join(p[same:]) for p in parts]

@@ -8,6 +8,7 @@ from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.linalg import truncated_svd
 from keras_spectral.plots.axes import new_axes
+from keras_spectral.plots.axes import short_paths
 from keras_spectral.select import describe
 from keras_spectral.select import match_paths
 from keras_spectral.wrap import adapter_places
@@ -95,7 +96,7 @@ def plot_gates(model: keras.Model, ax=None):
     image = ax.imshow(
         table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
     )
-    ax.set_yticks(range(len(rows)), _short(list(rows)), fontsize=7)
+    ax.set_yticks(range(len(rows)), short_paths(list(rows)), fontsize=7)
     ax.set_xticks(range(0, width, max(1, width // 8)))
     ax.set_xlabel("direction, largest singular value first")
     ax.figure.colorbar(image, ax=ax, label="gate")
@@ -111,12 +112,3 @@ def _gate_values(adapter):
     if isinstance(adapter, GatedSpectralDense):
         return ops.convert_to_numpy(adapter.gates)
     return ops.convert_to_numpy(adapter.mean_gates())
-
-
-def _short(paths):
-    """Paths without the start that all share."""
-    parts = [path.split("/") for path in paths]
-    same = 0
-    while all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
-        same += 1
-    return ["/".join(p[same:]) for p in parts]

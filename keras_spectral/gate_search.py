@@ -1,0 +1,382 @@
+"""Which parts of UniPELT blocks are worth keeping."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_spectral import surgery
+from keras_spectral._evaluate import evaluate
+from keras_spectral.blocks import UniPELTBlock
+from keras_spectral.blocks.unipelt import LOW_GATE
+from keras_spectral.convert import exchange
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.spectra import LateProgress
+from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import require_adapters
+from keras_spectral.wrap import unwrap_model
+from keras_spectral.wrap import wrap_model
+
+Parts = dict[str, tuple[str, ...]]
+
+
+def collect_gates(
+    model: keras.Model, inputs: Any
+) -> dict[str, dict[str, np.ndarray]]:
+    """The gates of every example of a batch.
+
+    Args:
+        model: A model wrapped with "unipelt".
+        inputs: One batch, as the model is called on it.
+
+    Returns:
+        For each block's path and each gate's name an array (examples,); of a
+        block that runs several times all of them, one after the other.
+
+    Raises:
+        ValueError: The model has no UniPELTBlock.
+    """
+    blocks = require_adapters(model, UniPELTBlock)
+    for block in blocks:
+        block.collected = []
+    try:
+        model(inputs, training=False)
+        return {
+            place.path: dict(zip(place.layer.gate_names, _columns(place.layer)))
+            for place in adapter_places(model, UniPELTBlock)
+        }
+    finally:
+        for block in blocks:
+            block.collected = None
+
+
+def prune_parts(
+    model: keras.Model,
+    steps: int = 1000,
+    threshold: float = LOW_GATE,
+    keep_weights: bool = False,
+) -> dict[str, Any]:
+    """Removes the parts of UniPELT blocks that their gates shut out.
+
+    A part goes if each of its gates, as a mean over the batch, has stayed
+    below 0.05 for the last `steps` training steps; with `steps=0` if the
+    mean of its gates since `reset_gates` is below `threshold`. A block
+    without a part left loses its adapter. The others keep their weights.
+
+    Args:
+        model: A model wrapped with "unipelt".
+        steps: Training steps, or 0.
+        threshold: What counts as shut with `steps=0`.
+        keep_weights: Whether to return the weights of removed parts.
+
+    Returns:
+        For each path of a changed block the names of the removed parts, or
+        with `keep_weights` `{part: {weight's name: array}}`.
+
+    Raises:
+        ValueError: The model has no UniPELTBlock; every part of every block
+            would go; the adapters are switched off. Nothing has changed then.
+    """
+    check_number(steps, "steps", 0)
+    check_number(threshold, "threshold", 0)
+
+    def stays(block):
+        shut = _shut_gates(block, steps, threshold)
+        return [
+            part
+            for part in block.parts
+            if not all(shut[n] for n in shut if n.split("_")[0] == part)
+        ]
+
+    kept, removed = {}, {}
+    for place in _active_places(model):
+        block = place.layer
+        kept[block] = tuple(stays(block))
+        gone = [part for part in block.parts if part not in kept[block]]
+        if gone:
+            weights = {part: _weights_of(block, part) for part in gone}
+            removed[place.path] = weights if keep_weights else tuple(gone)
+    _keep_parts(model, kept)
+    return removed
+
+
+def search_parts(
+    model: keras.Model,
+    dataset: Any,
+    epochs: int = 3,
+    keep: float | None = None,
+    latency: float = 0.01,
+    temperature: float = 1.0,
+    gate: str = "sigmoid",
+    **options,
+) -> Parts:
+    """Finds the parts of UniPELT that each block needs (AutoPELT).
+
+    The model is wrapped with "unipelt" and trained with `gate="gumbel"`:
+    each part is drawn on or off in every step, by a probability that is
+    trained as well, and `latency` times the parts' share of the added work
+    joins the loss. Then the parts that are more probable than not are kept,
+    with their weights, or the most probable ones that fit into a share
+    `keep` of the added weights. Their gates become those of `gate`. Train on
+    to finish.
+
+    Args:
+        model: A plain model that is compiled.
+        dataset: What `model.fit` takes as first argument, or a tuple `(x, y)`
+            or `(x, y, sample_weight)`.
+        epochs: Epochs of the search.
+        keep: The largest share of added weights to keep, or None.
+        latency: Weight of the added work in the loss.
+        temperature: Softness of the draws.
+        gate: The gates of the result, `"sigmoid"` or `"softmax"`.
+        **options: Further options of UniPELTBlock, such as `lora=8`.
+
+    Returns:
+        The kept parts of each block, by path.
+
+    Raises:
+        ValueError: The model is wrapped or not compiled, a bad option, or no
+            part would be kept. The model is then plain, as it was.
+    """
+    check_choice(gate, "gate", ("sigmoid", "softmax"))
+    if keep is not None:
+        check_number(keep, "keep", 0, 1 + 1e-9)
+    if adapter_places(model):
+        raise ValueError(
+            f"Model '{model.name}' has adapters. Expected a plain one: unwrap "
+            "or merge it first."
+        )
+    _check_compiled(model)
+    wrap_model(
+        model,
+        "unipelt",
+        gate="gumbel",
+        penalty="latency",
+        sparsity=latency,
+        temperature=temperature,
+        **options,
+    )
+    try:
+        _fit(model, dataset, epochs)
+        found = adapter_places(model, UniPELTBlock)
+        kept = _most_probable([place.layer for place in found], keep)
+        chosen = {place.path: kept[place.layer] for place in found}
+        _keep_parts(model, kept, gate=gate, penalty="entropy", sparsity=None)
+    except Exception:
+        unwrap_model(model)
+        raise
+    return chosen
+
+
+def tune_gates(
+    model: keras.Model,
+    dataset: Any,
+    validation_data: Any,
+    metric: str = "accuracy",
+    trials: int = 10,
+    epochs: int = 1,
+    temperature: tuple[float, float] = (0.5, 5.0),
+    sparsity: tuple[float, float] = (1e-6, 1e-2),
+    mode: str = "max",
+    seed: int | None = None,
+    **options,
+) -> dict[str, float]:
+    """Finds temperature and sparsity of "softmax" gates, by optuna.
+
+    Each trial wraps the plain model with "unipelt", trains it and evaluates;
+    afterwards the model is plain again, with the weights that it had.
+
+    Args:
+        model: A plain model that is compiled.
+        dataset: As for `search_parts`.
+        validation_data: What `model.evaluate` takes, in the same forms.
+        metric: The name of a result of `model.evaluate`.
+        trials: How many pairs of values to try.
+        epochs: Epochs of each.
+        temperature: Smallest and largest, on a logarithmic scale.
+        sparsity: Smallest and largest, on a logarithmic scale.
+        mode: `"max"` if a larger metric is better, `"min"` if a smaller.
+        seed: Integer seed of the choices.
+        **options: Further options of UniPELTBlock.
+
+    Returns:
+        The best "temperature" and "sparsity", and the metric as "value".
+
+    Raises:
+        ValueError: The model is wrapped or not compiled, or no such metric.
+        ImportError: optuna is missing.
+    """
+    optuna = _optuna()
+    check_choice(mode, "mode", ("max", "min"))
+    if adapter_places(model):
+        raise ValueError(f"Model '{model.name}' has adapters. Unwrap it first.")
+    _check_compiled(model)
+    study = optuna.create_study(
+        direction=f"{mode}imize",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+    )
+    with LateProgress("tuning gates", trials) as progress:
+
+        def trial_value(trial):
+            chosen = {
+                "temperature": trial.suggest_float(
+                    "temperature", *temperature, log=True
+                ),
+                "sparsity": trial.suggest_float(
+                    "sparsity", *sparsity, log=True
+                ),
+            }
+            with _wrapped_for_a_while(model, {**options, **chosen}):
+                _fit(model, dataset, epochs)
+                results = evaluate(model, validation_data)
+            progress.advance(1)
+            if metric not in results:
+                raise ValueError(
+                    f"Received metric={metric!r}; `model.evaluate` gives "
+                    f"{sorted(results)}. Expected one of these."
+                )
+            return float(results[metric])
+
+        study.optimize(trial_value, n_trials=trials)
+    return {**study.best_params, "value": study.best_value}
+
+
+def _optuna():
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            "Tuning needs optuna: pip install keras-spectral[search]."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+@contextlib.contextmanager
+def _wrapped_for_a_while(model, options):
+    values = [ops.copy(weight) for weight in model.weights]
+    weights = list(model.weights)
+    wrap_model(model, "unipelt", gate="softmax", **options)
+    try:
+        yield
+    finally:
+        unwrap_model(model)
+        for weight, value in zip(weights, values):
+            weight.assign(value)
+
+
+def _active_places(model):
+    for adapter in require_adapters(model, UniPELTBlock):
+        adapter.check_active()
+    return adapter_places(model, UniPELTBlock)
+
+
+def _check_compiled(model):
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"Model '{model.name}' is not compiled. Expected "
+            "`model.compile(optimizer, loss, metrics)` first."
+        )
+
+
+def _fit(model, dataset, epochs):
+    data = dataset if isinstance(dataset, tuple) else (dataset,)
+    with LateProgress("searching parts", epochs) as progress:
+        on_epoch_end: Callable = lambda epoch, logs: progress.advance(1)  # noqa: E731
+        callback = keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)
+        model.fit(*data, epochs=epochs, verbose=0, callbacks=[callback])
+
+
+def _columns(block):
+    values = [ops.convert_to_numpy(gates) for gates in block.collected]
+    return np.concatenate(values).T if values else [[]] * len(block.gate_names)
+
+
+def _shut_gates(block, steps, threshold):
+    """Whether each gate is shut, by name."""
+    if steps:
+        low = ops.convert_to_numpy(block.low_steps) >= steps
+        return dict(zip(block.gate_names, low.tolist()))
+    means = block.gate_statistics()
+    return {name: mean < threshold for name, (mean, _) in means.items()}
+
+
+def _weights_of(block, part):
+    names = (part, f"gate_{part}")
+    return {
+        weight.name: ops.convert_to_numpy(weight)
+        for weight in surgery.own_variables(block)
+        if weight.trainable and weight.name.startswith(names)
+    }
+
+
+def _most_probable(blocks, keep):
+    """The parts to keep of each block with gumbel gates."""
+    logits = {
+        (block, part): logit
+        for block in blocks
+        for part, logit in zip(
+            block.parts, ops.convert_to_numpy(block.gates.logits).tolist()
+        )
+    }
+    if keep is None:
+        chosen = {key for key, logit in logits.items() if logit > 0}
+    else:
+        sizes = {key: key[0].parts[key[1]] for key in logits}
+        left, chosen = keep * sum(sizes.values()), set()
+        for key in sorted(logits, key=logits.get, reverse=True):
+            if sizes[key] <= left:
+                left -= sizes[key]
+                chosen.add(key)
+    return {
+        block: tuple(part for part in block.parts if (block, part) in chosen)
+        for block in blocks
+    }
+
+
+def _keep_parts(model, kept, **changes):
+    """Rebuilds blocks with some of their parts and options changed."""
+    if not any(kept.values()):
+        raise ValueError(
+            f"No part of any block of model '{model.name}' would be kept. "
+            "Expected gates that leave some open; `unwrap_model` drops all."
+        )
+
+    def make(old):
+        off = {part: 0 for part in ("lora", "prefix", "adapter")}
+        off = {k: v for k, v in off.items() if k not in kept[old]}
+        new = UniPELTBlock(old.layer, **{**old.options(), **changes, **off})
+        return new, lambda: _take_weights(new, old)
+
+    touched = [
+        block
+        for block, parts in kept.items()
+        if parts and (changes or len(parts) < len(block.parts))
+    ]
+    exchange(model, touched, make)
+    bare = {block: block.layer for block, parts in kept.items() if not parts}
+    if bare:
+        models = surgery.replace_layers(model, bare, renew_optimizers=True)
+        for block in bare:
+            block.release()
+            block.freeze_base()
+        surgery.forget_compiled(models)
+
+
+def _take_weights(new, old):
+    """Copies what the two blocks have in common."""
+    values = {w.name: w for w in surgery.own_variables(old)}
+    stay = [
+        old.gate_names.index(n) for n in new.gate_names if n in old.gate_names
+    ]
+    for weight in surgery.own_variables(new):
+        if weight.name not in values:
+            continue
+        value = ops.convert_to_tensor(values[weight.name])
+        if tuple(value.shape) != tuple(weight.shape):
+            value = ops.take(value, stay, axis=-1)
+        weight.assign(value)
