@@ -5,6 +5,7 @@ from keras_spectral import callbacks
 from keras_spectral import plots
 from keras_spectral.blocks import BottleneckAdapter
 from keras_spectral.blocks import PrefixTuning
+from keras_spectral.blocks import SoftPrompt
 from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.compression import LowRank
 from keras_spectral.compression import compress_model
@@ -51,6 +52,7 @@ __all__ = [
     "LoRADense",
     "LowRank",
     "PrefixTuning",
+    "SoftPrompt",
     "SpectralDense",
     "UniPELTBlock",
     "adapter_summary",

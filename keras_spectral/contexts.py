@@ -69,6 +69,9 @@ def _bases_in_place(model, adapters):
 def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
     """The base model's outputs for as long as the block lasts, no retrace.
 
+    Only with a SoftPrompt, which changes shapes, compiled functions are
+    dropped.
+
     Raises:
         ValueError: The model has no adapters.
     """
@@ -77,12 +80,15 @@ def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
     for adapter in active:
         adapter.scale.assign(0.0)
         adapter.disabled = True
+    retraced = [model] if any(a.retraces for a in active) else []
+    surgery.forget_compiled(retraced)
     try:
         yield model
     finally:
         for adapter, scale in zip(active, scales):
             adapter.scale.assign(scale)
             adapter.disabled = False
+        surgery.forget_compiled(retraced)
 
 
 @contextlib.contextmanager

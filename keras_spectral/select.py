@@ -314,8 +314,15 @@ def _blocks(model, candidates):
     return chosen
 
 
+def _backbone(model, candidates):
+    """What a task model has as its backbone."""
+    backbone = getattr(model, "backbone", None)
+    return [p for p in candidates if _subject(p.layer) is _subject(backbone)]
+
+
 _PRESETS = {
     "attention": _attention,
+    "backbone": _backbone,
     "blocks": _blocks,
     "all-linear": _all_linear,
     "conv": _conv,

@@ -32,6 +32,11 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._layers)
 
 
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """A layer and everything below it, once each."""
+    return list(layer._flatten_layers())
+
+
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The weights that a layer holds itself, not through sublayers."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]

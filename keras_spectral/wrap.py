@@ -54,7 +54,8 @@ def wrap_model(
             layer an adapter fits, or one of
             `"attention"` (query and value projections), `"all-linear"`
             (every Dense and EinsumDense but heads), `"conv"`, `"all"`,
-            `"blocks"` (transformer blocks). Defaults to the method's own:
+            `"blocks"` (transformer blocks), `"backbone"`. Defaults to the
+            method's own:
             `"attention"`, for convolutional methods `"conv"`, for those
             that adapt whole blocks `"blocks"`.
         exclude: What not to wrap; the same forms.
@@ -183,6 +184,8 @@ def wrap_places(
         prepare: Called with the adapters before they are built.
         fill: Called with the built adapters before they are put in place.
     """
+    for adapter_class in {adapter_class for _, adapter_class, _ in requests}:
+        adapter_class.check_model(model)
     flags = {id(x): surgery.trainable_flags(x) for x in _tree(model)}
     adapters = {}
     try:

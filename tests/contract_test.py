@@ -1,7 +1,7 @@
 """What every adapter promises, on every kind of layer it fits.
 
-Those of whole blocks have their own contract in `blocks/block_contract_test.py`. A
-new adapter is picked up from `keras_spectral.__all__`; it has to name its
+Those of whole blocks have a contract of their own, `block_contract_test.py`.
+A new adapter is picked up from `keras_spectral.__all__`; it has to name its
 layer kinds and the variants of its options here, and then passes all of this.
 """
 

@@ -164,3 +164,54 @@ def test_generates_the_same_with_and_without_a_cache(name, method):
         chosen = ops.convert_to_numpy(logits)[:, i - 1].argmax(axis=-1)
         tokens[:, i] = np.where(mask[:, i] == 1, tokens[:, i], chosen)
     np.testing.assert_array_equal(np.asarray(got), tokens)
+
+
+def _bert_inputs():
+    rng = np.random.default_rng(0)
+    mask = np.ones((4, 6), "int32")
+    mask[1, 4:] = 0
+    return {
+        "token_ids": rng.integers(1, 40, mask.shape).astype("int32") * mask,
+        "segment_ids": np.zeros_like(mask),
+        "padding_mask": mask,
+    }
+
+
+def test_soft_prompt_on_a_classifier(tmp_path):
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.BertBackbone(
+        **SIZES, num_heads=2, max_sequence_length=12
+    )
+    model = keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None
+    )
+    inputs = _bert_inputs()
+    plain = model.predict(inputs, verbose=0)
+    ks.wrap_model(model, "soft_prompt", length=3)
+    (place,) = adapter_places(model)
+    assert place.path == "bert_backbone"
+    _randomize(model)
+    adapted = model.predict(inputs, verbose=0)
+    assert np.abs(adapted - plain).max() > 1e-4
+    hidden = {k: v.copy() for k, v in inputs.items()}
+    hidden["token_ids"][1, 4:] = 9  # under the mask
+    np.testing.assert_allclose(
+        model.predict(hidden, verbose=0), adapted, atol=1e-5
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+    model.fit(inputs, np.array([0, 1, 0, 1]), verbose=0)
+    ks.save_adapters(model, tmp_path / "prompt.safetensors")
+    trained = model.predict(inputs, verbose=0)
+    ks.unwrap_model(model)
+    ks.load_adapters(model, tmp_path / "prompt.safetensors")
+    again = model.predict(inputs, verbose=0)
+    np.testing.assert_allclose(again, trained, atol=1e-6)
+
+
+def test_soft_prompt_refuses_what_generates_and_pairs():
+    with pytest.raises(ValueError, match="generates text"):
+        ks.wrap_model(_language_model("GPT2"), "soft_prompt")
+    bart = CASES["bart_backbone"].make()
+    with pytest.raises(ValueError, match="encoder and a decoder"):
+        ks.SoftPrompt(bart)

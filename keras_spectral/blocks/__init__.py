@@ -6,6 +6,7 @@ from keras_spectral.blocks.kinds import AttentionKind
 from keras_spectral.blocks.kinds import BlockKind
 from keras_spectral.blocks.kinds import register_block
 from keras_spectral.blocks.prefix import PrefixTuning
+from keras_spectral.blocks.soft_prompt import SoftPrompt
 from keras_spectral.blocks.unipelt import UniPELTBlock
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "BlockKind",
     "BottleneckAdapter",
     "PrefixTuning",
+    "SoftPrompt",
     "UniPELTBlock",
     "register_block",
 ]

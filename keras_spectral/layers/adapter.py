@@ -63,6 +63,8 @@ class AdapterLayer(keras.layers.Wrapper):
     held = ("activation", "activity_regularizer", "logit_soft_cap")
     # Whether the layers inside of the base keep places of their own.
     opens_base = False
+    # Whether compiled functions have to go when it is switched off.
+    retraces = False
 
     def __init__(self, layer, **kwargs):
         if isinstance(layer, AdapterLayer):
@@ -101,6 +103,10 @@ class AdapterLayer(keras.layers.Wrapper):
     def check_base(cls, layer):
         """Raises a ValueError unless the adapter fits the layer."""
         view_class_of(layer)
+
+    @classmethod
+    def check_model(cls, model):
+        """Raises a ValueError if no layer of a model can have the adapter."""
 
     @classmethod
     def view_of(cls, layer):

@@ -100,13 +100,15 @@ CONTRACT = pytest.mark.parametrize(
 
 
 def test_no_adapter_of_blocks_skips_the_contract():
+    # SoftPrompt is around a whole backbone: `soft_prompt_test.py`.
     adapters = {
         name
         for name in ks.__all__
         if inspect.isclass(getattr(ks, name))
         and issubclass(getattr(ks, name), BlockAdapter)
     }
-    assert adapters == {variant.adapter for variant in VARIANTS}
+    adapted = {variant.adapter for variant in VARIANTS}
+    assert adapters == adapted | {"SoftPrompt"}
 
 
 def _numpy(x):

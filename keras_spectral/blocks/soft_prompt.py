@@ -1,0 +1,177 @@
+"""SoftPrompt: trained vectors among the embedded tokens of a backbone."""
+
+import keras
+from keras import ops
+
+from keras_spectral import surgery
+from keras_spectral.blocks.block_adapter import BlockAdapter
+from keras_spectral.blocks.detours import detours
+from keras_spectral.layers.adapter import check_rank
+from keras_spectral.layers.adapter import register_method
+
+_EMBEDDINGS = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+_STDDEV = 0.02
+
+
+@register_method("soft_prompt")
+class SoftPrompt(BlockAdapter):
+    """Trained vectors that stand among the embedded tokens of a backbone.
+
+    `[e_1 .. e_p, P, e_p+1 .. e_n]` with the tokens' embeddings e (width) and
+    a trained prompt P (length x width), the same for all examples, behind the
+    first `position` tokens. The backbone runs on `length` tokens more, which
+    no padding hides and which have positions like others; that many more have
+    to fit into it. By default its outputs lose the prompt's positions again,
+    so that heads, labels and masks fit as before.
+
+    It is the only trained part: `length * width` weights for a whole model.
+    It does not start as the base, and it cannot be merged. Tasks that
+    generate run their backbone layer by layer and would not see the prompt:
+    they are refused; use PrefixTuning there.
+
+    Source: Lester et al. 2021, arXiv 2104.08691.
+
+    Args:
+        layer: A model with one token embedding: a KerasHub backbone with
+            `token_ids`, or any model of ids (batch, tokens).
+        length: How many vectors, at least 1.
+        position: How many tokens stand before them. Defaults to 1 where the
+            backbone pools a first token ([CLS]), else to 0.
+        keep: Whether the outputs keep the prompt's positions.
+        seed: Integer seed of the start.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the backbone takes.
+        training: Boolean.
+
+    Input shape: the backbone's. Output shape: the backbone's; with `keep`
+    sequences are `length` longer.
+
+    Raises:
+        ValueError: A bad option; no token embedding, or an encoder and a
+            decoder that share one; a task that generates; merging.
+
+    Example:
+
+    >>> backbone = keras.Sequential(
+    ...     [keras.Input((None,), dtype="int32"), keras.layers.Embedding(9, 4),
+    ...      keras.layers.Dense(3)]
+    ... )
+    >>> layer = SoftPrompt(backbone, length=5)
+    >>> tuple(layer(keras.ops.ones((2, 6), "int32")).shape)
+    (2, 6, 3)
+    >>> [tuple(w.shape) for w in layer.trainable_weights]
+    [(5, 4)]
+    """
+
+    default_target = "backbone"
+    retraces = True
+
+    def __init__(
+        self, layer, length=10, position=None, keep=False, seed=None, **kwargs
+    ):
+        super().__init__(layer, **kwargs)
+        check_rank(length, "length")
+        if position is not None and position != 0:
+            check_rank(position, "position")
+        self.length = int(length)
+        self.position = position
+        self.keep = bool(keep)
+        self.seed = seed
+
+    @classmethod
+    def check_base(cls, layer):
+        _token_embedding(layer)
+
+    @classmethod
+    def check_model(cls, model):
+        if hasattr(model, "call_with_cache"):
+            raise ValueError(
+                f"Model '{model.name}' generates text layer by layer, past "
+                "its backbone's call, and would not see a soft prompt there. "
+                "Expected a model that does not generate; use 'prefix'."
+            )
+
+    @classmethod
+    def view_of(cls, layer):
+        return _View(_token_embedding(layer))
+
+    def build_adapter(self):
+        self.prompt = self.add_weight(
+            name="prompt",
+            shape=(self.length, self.view.embedding.output_dim),
+            initializer=keras.initializers.RandomNormal(
+                0.0, _STDDEV, self.seed
+            ),
+        )
+
+    def call(self, inputs, **kwargs):
+        if self.disabled:
+            return self.layer(inputs, **kwargs)
+        start = self.position
+        if start is None:
+            start = int(hasattr(self.layer, "cls_token_index"))
+        stop = start + self.length
+
+        def embed(original, ids):
+            outputs = original(ids)
+            shape = (ops.shape(outputs)[0], *self.prompt.shape)
+            prompt = ops.broadcast_to(self.prompt, shape)
+            prompt = ops.cast(prompt, outputs.dtype)
+            pieces = [outputs[:, :start], prompt, outputs[:, stop:]]
+            return ops.concatenate(pieces, axis=1)
+
+        def longer(name, ids):
+            """Room for the prompt: ids of 1, which no mask hides."""
+            fill = ops.zeros_like if "segment" in str(name) else ops.ones_like
+            room = ops.repeat(fill(ids[:, :1]), self.length, axis=1)
+            return ops.concatenate([ids[:, :start], room, ids[:, start:]], 1)
+
+        def shorter(x):
+            if self.keep or len(x.shape) != 3:
+                return x
+            return ops.concatenate([x[:, :start], x[:, stop:]], axis=1)
+
+        if isinstance(inputs, dict):
+            inputs = {name: longer(name, x) for name, x in inputs.items()}
+        else:
+            inputs = longer("token_ids", inputs)
+        with detours([(self.view.embedding, "call", embed)]):
+            outputs = self.layer(inputs, **kwargs)
+        return keras.tree.map_structure(shorter, outputs)
+
+
+class _View:
+    """A backbone as its token embedding."""
+
+    kernel_name = None
+
+    def __init__(self, embedding):
+        self.embedding = embedding
+
+
+def _token_embedding(backbone):
+    """The layer that embeds a backbone's tokens; a ValueError without one."""
+    if not isinstance(backbone, keras.Model):
+        raise ValueError(
+            f"'{backbone.name}' is a {type(backbone).__name__}. Expected a "
+            "whole backbone, a model of token ids."
+        )
+    names = getattr(backbone, "input_names", None) or []
+    if any("encoder" in str(name) for name in names):
+        raise ValueError(
+            f"'{backbone.name}' has an encoder and a decoder, which share "
+            "their embedding. Expected one sequence of tokens; use 'prefix'."
+        )
+    found = getattr(backbone, "token_embedding", None)
+    if not isinstance(found, keras.layers.Layer):
+        layers = surgery.all_layers(backbone)
+        embeddings = [x for x in layers if isinstance(x, _EMBEDDINGS)]
+        if len(embeddings) != 1:
+            raise ValueError(
+                f"'{backbone.name}' has {len(embeddings)} embeddings and none "
+                "named `token_embedding`. Expected one."
+            )
+        (found,) = embeddings
+    return found
