@@ -158,8 +158,8 @@ def _token_embedding(backbone):
             f"'{backbone.name}' is a {type(backbone).__name__}. Expected a "
             "whole backbone, a model of token ids."
         )
-    names = getattr(backbone, "input_names", None) or []
-    if any("encoder" in str(name) for name in names):
+    inputs = getattr(backbone, "inputs", None) or []
+    if any("encoder" in tensor.name for tensor in inputs):
         raise ValueError(
             f"'{backbone.name}' has an encoder and a decoder, which share "
             "their embedding. Expected one sequence of tokens; use 'prefix'."
