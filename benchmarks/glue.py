@@ -313,6 +313,26 @@ def adapt(model: keras.Model, args: argparse.Namespace, show: Console) -> None:
     ks.adapter_summary(model, show)
 
 
+def gate_means(model: keras.Model, inputs: Inputs) -> dict[str, dict]:
+    """Mean gates of each UniPELT block over the evaluation split."""
+    blocks = {
+        layer.name: layer
+        for layer in model.backbone.layers
+        if isinstance(layer, ks.UniPELTBlock)
+    }
+    for block in blocks.values():
+        block.reset_gates()
+    if blocks:
+        model.predict(inputs, batch_size=64, verbose=0)
+    return {
+        name: {
+            part: round(mean, 4)
+            for part, (mean, _) in block.gate_statistics().items()
+        }
+        for name, block in blocks.items()
+    }
+
+
 def parse_option(text: str) -> tuple[str, Any]:
     """Reads `key=value`, the value as a Python literal if it is one."""
     name, equals, value = text.partition("=")
@@ -330,7 +350,7 @@ def parse_args() -> argparse.Namespace:
     add("--task", choices=MAX_LENGTH, default="mrpc")
     add("--method", default="lora", help="full, head or an adapter's name")
     add("--data", help="folder of TSV files")
-    add("--target", default="attention", help="preset word or regex")
+    add("--target", help="preset word or regex; default: the method's own")
     add("--rank", type=int, default=8, help="0: leave it to the method")
     add("--alpha", type=float, help="default: 16 for LoRA, else the method's")
     add("--dropout", type=float, default=0.0)
@@ -384,6 +404,7 @@ def main() -> None:
     }
     show.print("trainable parameters:", trainable)
     history = train(model, data, dev, args, show)
+    gates = gate_means(model, dev[0])
     settings = {**vars(args), "option": dict(args.option)}
     del settings["data"]
     result = {
@@ -394,6 +415,7 @@ def main() -> None:
         "trainable": trainable,
         **{k: v for k, v in history[-1].items() if k != "epoch"},
         "history": history,
+        **({"gates": gates} if gates else {}),
         "keras": keras.__version__,
         "keras_hub": keras_hub.__version__,
         "cpus": os.cpu_count(),

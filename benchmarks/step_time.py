@@ -25,11 +25,20 @@ VARIANTS = (
     "spectral",
     "gated_spectral",
     "gated_rebuilt",
+    "bottleneck",
+    "prefix",
+    "unipelt",
     "enable_lora",
     "full",
 )
 CASES = ("minilm", "dense")
 RANK = 8
+# Adapters of whole blocks, and their options: for MiniLM only.
+BLOCKS: dict[str, dict] = {
+    "bottleneck": {},
+    "prefix": {},
+    "unipelt": {"lora": RANK},
+}
 BATCH = {"minilm": 16, "dense": 256}
 STEPS = 12
 TOKENS = 128
@@ -85,8 +94,9 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
     backward pass still runs through the whole model; `lora` and
     `enable_lora`, the two factors of every wrapped layer; `spectral` and
     `gated_spectral`, those adapters' weights; `gated_rebuilt`, the same gates
-    in a prototype that rebuilds every kernel in every call; `full`,
-    everything. A task head trains in `full` only.
+    in a prototype that rebuilds every kernel in every call; those of
+    `BLOCKS`, the adapters' weights; `full`, everything. A task head trains in
+    `full` only.
     """
     import keras
 
@@ -102,6 +112,10 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
         train_only(model, [factor for pair in factors for factor in pair])
     elif variant == "gated_rebuilt":
         model = rebuilt_model(model)
+    elif variant in BLOCKS:
+        import keras_spectral as ks
+
+        ks.wrap_model(model, variant, trainable=[], **BLOCKS[variant])
     elif variant != "full":
         import keras_spectral as ks
 
@@ -157,18 +171,25 @@ def fit(case: str, model: Any, inputs: Any, targets: Any) -> None:
     model.fit(inputs, targets, batch_size=BATCH[case], shuffle=False, verbose=0)
 
 
-def time_variants(case: str, variants: list[str], repeats: int) -> dict:
+def predict(case: str, model: Any, inputs: Any, targets: Any) -> None:
+    """The same batches without training."""
+    model.predict(inputs, batch_size=BATCH[case], verbose=0)
+
+
+def time_variants(
+    case: str, variants: list[str], repeats: int, run_epoch: Any = fit
+) -> dict:
     """Times every variant in every round; the work of the timing process."""
     from _minilm import count
 
     built = {variant: build(case, variant) for variant in variants}
     for variant in variants:
-        fit(case, *built[variant])
+        run_epoch(case, *built[variant])
     milliseconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for variant in variants:
             start = time.perf_counter()
-            fit(case, *built[variant])
+            run_epoch(case, *built[variant])
             seconds = time.perf_counter() - start
             milliseconds[variant].append(seconds / STEPS * 1e3)
     trainable = {
@@ -224,7 +245,8 @@ def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
         peers.append(run_peer(args))
     timed = run(
         [*worker, "--repeats", str(args.repeats), "--variants", *args.variants]
-        + ["--worker", "time"],
+        + ["--worker", "time"]
+        + ["--predict"] * args.predict,
         backend,
     )
     if with_peer:
@@ -249,7 +271,7 @@ def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
             "trainable": peers[0]["trainable"],
             "peak_mb": max(peer["peak_mb"] for peer in peers),
         }
-    for reference in ("frozen", "enable_lora", "hf_peft"):
+    for reference in ("frozen", "lora", "enable_lora", "hf_peft"):
         add_ratios(rows, timed["milliseconds"], reference)
     return rows
 
@@ -273,12 +295,13 @@ def add_ratios(
 
 def show_table(case: str, backend: str, rows: dict[str, dict]) -> None:
     """Prints the figures of one case on one backend."""
-    table = Table(title=f"training step: {case} on {backend}")
+    table = Table(title=f"{case} on {backend}")
     table.add_column("variant")
     columns = {
         "ms": "ms",
         "ms_min": "min ms",
         "to_frozen": "x frozen",
+        "to_lora": "x lora",
         "to_enable_lora": "x enable_lora",
         "to_hf_peft": "x HF PEFT",
         "trainable": "trainable",
@@ -306,6 +329,7 @@ def parse_args() -> argparse.Namespace:
     add("--backends", help="comma separated; default: KERAS_BACKEND")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--repeats", type=int, default=7)
+    add("--predict", action="store_true", help="time inference, not training")
     add("--peer-python", default=sys.executable)
     add("--peer-script", help="script that times HF PEFT; none: no peer")
     add("--worker", choices=["time", "memory"], help=argparse.SUPPRESS)
@@ -315,7 +339,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.worker == "time":
-        print(json.dumps(time_variants(args.case, args.variants, args.repeats)))
+        run_epoch = predict if args.predict else fit
+        timed = time_variants(args.case, args.variants, args.repeats, run_epoch)
+        print(json.dumps(timed))
         return
     if args.worker == "memory":
         print(json.dumps(peak_memory(args.case, args.variants[0])))
@@ -325,10 +351,9 @@ def main() -> None:
     backends = args.backends or os.environ.get("KERAS_BACKEND", "tensorflow")
     for backend in backends.split(","):
         for case in cases:
-            # The prototype is for a stack of Dense only.
-            args.variants = [
-                v for v in asked if case == "dense" or v != "gated_rebuilt"
-            ]
+            # The prototype is for a stack of Dense only, which has no blocks.
+            left_out = BLOCKS if case == "dense" else ("gated_rebuilt",)
+            args.variants = [v for v in asked if v not in left_out]
             rows = measure(case, backend, args)
             show_table(case, backend, rows)
             result = {
@@ -339,6 +364,7 @@ def main() -> None:
                 "steps": STEPS,
                 "repeats": args.repeats,
                 "rank": RANK,
+                "predict": args.predict,
                 "cpus": os.cpu_count(),
                 "variants": {
                     name: {

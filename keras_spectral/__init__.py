@@ -22,7 +22,7 @@ from keras_spectral.convert import to_lora
 from keras_spectral.gate_search import collect_gates
 from keras_spectral.gate_search import prune_parts
 from keras_spectral.gate_search import search_parts
-from keras_spectral.gate_search import tune_gates
+from keras_spectral.gate_tuning import tune_gates
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA

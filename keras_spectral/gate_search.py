@@ -1,7 +1,5 @@
 """Which parts of UniPELT blocks are worth keeping."""
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,7 +7,6 @@ import numpy as np
 from keras import ops
 
 from keras_spectral import surgery
-from keras_spectral._evaluate import evaluate
 from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.blocks.unipelt import LOW_GATE
 from keras_spectral.convert import exchange
@@ -145,12 +142,7 @@ def search_parts(
     check_choice(gate, "gate", ("sigmoid", "softmax"))
     if keep is not None:
         check_number(keep, "keep", 0, 1 + 1e-9)
-    if adapter_places(model):
-        raise ValueError(
-            f"Model '{model.name}' has adapters. Expected a plain one: unwrap "
-            "or merge it first."
-        )
-    _check_compiled(model)
+    check_ready(model)
     wrap_model(
         model,
         "unipelt",
@@ -161,7 +153,7 @@ def search_parts(
         **options,
     )
     try:
-        _fit(model, dataset, epochs)
+        fit(model, dataset, epochs)
         found = adapter_places(model, UniPELTBlock)
         kept = _most_probable([place.layer for place in found], keep)
         chosen = {place.path: kept[place.layer] for place in found}
@@ -172,110 +164,19 @@ def search_parts(
     return chosen
 
 
-def tune_gates(
-    model: keras.Model,
-    dataset: Any,
-    validation_data: Any,
-    metric: str = "accuracy",
-    trials: int = 10,
-    epochs: int = 1,
-    temperature: tuple[float, float] = (0.5, 5.0),
-    sparsity: tuple[float, float] = (1e-6, 1e-2),
-    mode: str = "max",
-    seed: int | None = None,
-    **options,
-) -> dict[str, float]:
-    """Finds temperature and sparsity of "softmax" gates, by optuna.
-
-    Each trial wraps the plain model with "unipelt", trains it and evaluates;
-    afterwards the model is plain again, with the weights that it had.
-
-    Args:
-        model: A plain model that is compiled.
-        dataset: As for `search_parts`.
-        validation_data: What `model.evaluate` takes, in the same forms.
-        metric: The name of a result of `model.evaluate`.
-        trials: How many pairs of values to try.
-        epochs: Epochs of each.
-        temperature: Smallest and largest, on a logarithmic scale.
-        sparsity: Smallest and largest, on a logarithmic scale.
-        mode: `"max"` if a larger metric is better, `"min"` if a smaller.
-        seed: Integer seed of the choices.
-        **options: Further options of UniPELTBlock.
-
-    Returns:
-        The best "temperature" and "sparsity", and the metric as "value".
-
-    Raises:
-        ValueError: The model is wrapped or not compiled, or no such metric.
-        ImportError: optuna is missing.
-    """
-    optuna = _optuna()
-    check_choice(mode, "mode", ("max", "min"))
-    if adapter_places(model):
-        raise ValueError(f"Model '{model.name}' has adapters. Unwrap it first.")
-    _check_compiled(model)
-    study = optuna.create_study(
-        direction=f"{mode}imize",
-        sampler=optuna.samplers.TPESampler(seed=seed),
-    )
-    with LateProgress("tuning gates", trials) as progress:
-
-        def trial_value(trial):
-            chosen = {
-                "temperature": trial.suggest_float(
-                    "temperature", *temperature, log=True
-                ),
-                "sparsity": trial.suggest_float(
-                    "sparsity", *sparsity, log=True
-                ),
-            }
-            with _wrapped_for_a_while(model, {**options, **chosen}):
-                _fit(model, dataset, epochs)
-                results = evaluate(model, validation_data)
-            progress.advance(1)
-            if metric not in results:
-                raise ValueError(
-                    f"Received metric={metric!r}; `model.evaluate` gives "
-                    f"{sorted(results)}. Expected one of these."
-                )
-            return float(results[metric])
-
-        study.optimize(trial_value, n_trials=trials)
-    return {**study.best_params, "value": study.best_value}
-
-
-def _optuna():
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            "Tuning needs optuna: pip install keras-spectral[search]."
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-@contextlib.contextmanager
-def _wrapped_for_a_while(model, options):
-    values = [ops.copy(weight) for weight in model.weights]
-    weights = list(model.weights)
-    wrap_model(model, "unipelt", gate="softmax", **options)
-    try:
-        yield
-    finally:
-        unwrap_model(model)
-        for weight, value in zip(weights, values):
-            weight.assign(value)
-
-
 def _active_places(model):
     for adapter in require_adapters(model, UniPELTBlock):
         adapter.check_active()
     return adapter_places(model, UniPELTBlock)
 
 
-def _check_compiled(model):
+def check_ready(model: keras.Model) -> None:
+    """Raises a ValueError unless the model is plain and compiled."""
+    if adapter_places(model):
+        raise ValueError(
+            f"Model '{model.name}' has adapters. Expected a plain one: unwrap "
+            "or merge it first."
+        )
     if not getattr(model, "compiled", False):
         raise ValueError(
             f"Model '{model.name}' is not compiled. Expected "
@@ -283,11 +184,13 @@ def _check_compiled(model):
         )
 
 
-def _fit(model, dataset, epochs):
+def fit(model: keras.Model, dataset: Any, epochs: int) -> None:
+    """Trains with a progress bar over epochs where it takes long."""
     data = dataset if isinstance(dataset, tuple) else (dataset,)
     with LateProgress("searching parts", epochs) as progress:
-        on_epoch_end: Callable = lambda epoch, logs: progress.advance(1)  # noqa: E731
-        callback = keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)
+        callback = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: progress.advance(1)
+        )
         model.fit(*data, epochs=epochs, verbose=0, callbacks=[callback])
 
 

@@ -8,7 +8,7 @@ import rich.console
 import rich.table
 
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.select import places
+from keras_spectral.paths import places
 from keras_spectral.surgery import own_variables
 
 

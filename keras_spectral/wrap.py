@@ -14,12 +14,12 @@ from keras_spectral import surgery
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers.adapter import give_triplets
-from keras_spectral.select import Place
+from keras_spectral.paths import Place
+from keras_spectral.paths import describe
+from keras_spectral.paths import places
+from keras_spectral.paths import require_match
 from keras_spectral.select import Target
-from keras_spectral.select import describe
 from keras_spectral.select import kept_places
-from keras_spectral.select import places
-from keras_spectral.select import require_match
 from keras_spectral.select import select
 
 # What was trainable before a model was first wrapped, by layer.

@@ -22,10 +22,10 @@ from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.adapter import check_choice
 from keras_spectral.layers.adapter import check_rank
 from keras_spectral.linalg import nearest_pair
+from keras_spectral.paths import describe
+from keras_spectral.paths import places
 from keras_spectral.select import Target
-from keras_spectral.select import describe
 from keras_spectral.select import kept_places
-from keras_spectral.select import places
 from keras_spectral.select import select
 from keras_spectral.select import without_halves
 from keras_spectral.spectra import LateProgress

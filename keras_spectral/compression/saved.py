@@ -8,7 +8,7 @@ import keras
 
 from keras_spectral import surgery
 from keras_spectral.kernels import LowRank
-from keras_spectral.select import places
+from keras_spectral.paths import places
 from keras_spectral.select import without_halves
 
 _PACKAGE, _NAME = "keras_spectral", "CompressedModel"

@@ -63,8 +63,7 @@ class AdapterLayer(keras.layers.Wrapper):
     held = ("activation", "activity_regularizer", "logit_soft_cap")
     # Whether the layers inside of the base keep places of their own.
     opens_base = False
-    # Whether compiled functions have to go when it is switched off.
-    retraces = False
+    retraces = False  # whether it has to be compiled anew when switched off
 
     def __init__(self, layer, **kwargs):
         if isinstance(layer, AdapterLayer):

@@ -7,10 +7,10 @@ from keras import ops
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.linalg import truncated_svd
+from keras_spectral.paths import describe
+from keras_spectral.paths import match_paths
 from keras_spectral.plots.axes import new_axes
 from keras_spectral.plots.axes import short_paths
-from keras_spectral.select import describe
-from keras_spectral.select import match_paths
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters
 

@@ -13,7 +13,7 @@ from keras_spectral._files import write_safetensors
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.select import places
+from keras_spectral.paths import places
 from keras_spectral.spectra import Triplets
 from keras_spectral.surgery import own_variables
 from keras_spectral.wrap import require_adapters

@@ -12,10 +12,10 @@ from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import SpectralDense
 from keras_spectral.layers.adapter import check_choice
 from keras_spectral.layers.adapter import check_number
+from keras_spectral.paths import places
 from keras_spectral.saving.adapter_file import apply_adapters
 from keras_spectral.saving.adapter_file import load_adapters
 from keras_spectral.saving.adapter_file import read_adapters
-from keras_spectral.select import places
 from keras_spectral.surgery import own_variables
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters

@@ -1,0 +1,110 @@
+"""The best temperature and sparsity of gates, by optuna."""
+
+import contextlib
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_spectral._evaluate import evaluate
+from keras_spectral.gate_search import check_ready
+from keras_spectral.gate_search import fit
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.spectra import LateProgress
+from keras_spectral.wrap import unwrap_model
+from keras_spectral.wrap import wrap_model
+
+
+def tune_gates(
+    model: keras.Model,
+    dataset: Any,
+    validation_data: Any,
+    metric: str = "accuracy",
+    trials: int = 10,
+    epochs: int = 1,
+    temperature: tuple[float, float] = (0.5, 5.0),
+    sparsity: tuple[float, float] = (1e-6, 1e-2),
+    mode: str = "max",
+    seed: int | None = None,
+    **options,
+) -> dict[str, float]:
+    """Finds temperature and sparsity of "softmax" gates, by optuna.
+
+    Each trial wraps the plain model with "unipelt", trains it and evaluates;
+    afterwards the model is plain again, with the weights that it had.
+
+    Args:
+        model: A plain model that is compiled.
+        dataset: As for `search_parts`.
+        validation_data: What `model.evaluate` takes, in the same forms.
+        metric: The name of a result of `model.evaluate`.
+        trials: How many pairs of values to try.
+        epochs: Epochs of each.
+        temperature: Smallest and largest, on a logarithmic scale.
+        sparsity: Smallest and largest, on a logarithmic scale.
+        mode: `"max"` if a larger metric is better, `"min"` if a smaller.
+        seed: Integer seed of the choices.
+        **options: Further options of UniPELTBlock.
+
+    Returns:
+        The best "temperature" and "sparsity", and the metric as "value".
+
+    Raises:
+        ValueError: The model is wrapped or not compiled, or no such metric.
+        ImportError: optuna is missing.
+    """
+    optuna = _optuna()
+    check_choice(mode, "mode", ("max", "min"))
+    check_ready(model)
+    study = optuna.create_study(
+        direction=f"{mode}imize",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+    )
+    with LateProgress("tuning gates", trials) as progress:
+
+        def trial_value(trial):
+            chosen = {
+                "temperature": trial.suggest_float(
+                    "temperature", *temperature, log=True
+                ),
+                "sparsity": trial.suggest_float(
+                    "sparsity", *sparsity, log=True
+                ),
+            }
+            with _wrapped_for_a_while(model, {**options, **chosen}):
+                fit(model, dataset, epochs)
+                results = evaluate(model, validation_data)
+            progress.advance(1)
+            if metric not in results:
+                raise ValueError(
+                    f"Received metric={metric!r}; `model.evaluate` gives "
+                    f"{sorted(results)}. Expected one of these."
+                )
+            return float(results[metric])
+
+        study.optimize(trial_value, n_trials=trials)
+    return {**study.best_params, "value": study.best_value}
+
+
+def _optuna():
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            "Tuning needs optuna: pip install keras-spectral[search]."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+@contextlib.contextmanager
+def _wrapped_for_a_while(model, options):
+    values = [ops.copy(weight) for weight in model.weights]
+    weights = list(model.weights)
+    wrap_model(model, "unipelt", gate="softmax", **options)
+    try:
+        yield
+    finally:
+        unwrap_model(model)
+        for weight, value in zip(weights, values):
+            weight.assign(value)
