@@ -32,7 +32,8 @@ def plot_spectrum(model: keras.Model, path: str, ax=None):
         The matplotlib figure.
 
     Raises:
-        ValueError: The path matches no or several adapters.
+        ValueError: The path matches no or several adapters, or one of a whole
+            block, which has no kernel.
         ImportError: matplotlib is missing.
     """
     found = adapter_places(model)
@@ -43,9 +44,10 @@ def plot_spectrum(model: keras.Model, path: str, ax=None):
             f"'{model.name}'. Expected one of {describe(found)}."
         )
     adapter = matched[0].layer
+    delta = adapter.delta_matrix()
     matrix = adapter.view.matrix()
     before = _singular_values(matrix)
-    after = _singular_values(matrix + adapter.delta_matrix())
+    after = _singular_values(matrix + delta)
     figure, ax = new_axes(ax, (7, 3.5))
     trained = getattr(adapter, "column_list", [])
     shown = min(len(before), max(_MOST_SHOWN, 2 * max(trained, default=0)))
