@@ -2,6 +2,7 @@
 
 from keras_spectral import blocks
 from keras_spectral import callbacks
+from keras_spectral import optimizers
 from keras_spectral import plots
 from keras_spectral.blocks import BottleneckAdapter
 from keras_spectral.blocks import PrefixTuning
@@ -70,6 +71,7 @@ __all__ = [
     "load_adapters",
     "merge_model",
     "merged",
+    "optimizers",
     "plots",
     "prune_parts",
     "save_adapters",
