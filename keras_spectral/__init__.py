@@ -18,12 +18,14 @@ from keras_spectral.contexts import adapters_alone
 from keras_spectral.contexts import adapters_disabled
 from keras_spectral.contexts import merged
 from keras_spectral.contexts import unwrapped
+from keras_spectral.convert import compact_ranks
 from keras_spectral.convert import freeze_gates
 from keras_spectral.convert import to_lora
 from keras_spectral.gate_search import collect_gates
 from keras_spectral.gate_search import prune_parts
 from keras_spectral.gate_search import search_parts
 from keras_spectral.gate_tuning import tune_gates
+from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
@@ -43,6 +45,7 @@ from keras_spectral.wrap import wrap_model
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRADense",
     "AdapterLayer",
     "BottleneckAdapter",
     "ConditionalSpectralDense",
@@ -62,6 +65,7 @@ __all__ = [
     "blocks",
     "callbacks",
     "collect_gates",
+    "compact_ranks",
     "compress_model",
     "compression_report",
     "distiller",

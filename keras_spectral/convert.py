@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_spectral import surgery
+from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
@@ -114,6 +115,74 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
 
     exchange(model, old, make)
     return model
+
+
+def compact_ranks(model: keras.Model) -> dict[str, int]:
+    """Drops the triplets of AdaLoRADense layers that are off, for good.
+
+    Each layer becomes a LoRADense of the rank that is left, with the same
+    outputs; one without a triplet left loses its adapter.
+
+    Args:
+        model: A model wrapped with "adalora".
+
+    Returns:
+        The rank that is left at each path.
+
+    Raises:
+        ValueError: The model has no AdaLoRADense, they are switched off, or
+            all triplets of the model are off. It is then as it was.
+
+    Example:
+
+    >>> import keras_spectral as ks
+    >>> model = keras.Sequential(
+    ...     [keras.Input((16,)), keras.layers.Dense(8, name="hidden")]
+    ... )
+    >>> model = ks.wrap_model(model, "adalora", target="hidden", rank=4)
+    >>> values = model.layers[0].lora_e.assign([0.0, 1.0, 0.0, 2.0])
+    >>> compact_ranks(model)
+    {'hidden': 2}
+    """
+    for adapter in require_adapters(model, AdaLoRADense):
+        adapter.check_active()
+    found = adapter_places(model, AdaLoRADense)
+    ranks = {place.path: place.layer.active_rank() for place in found}
+    if not any(ranks.values()):
+        raise ValueError(
+            f"Every triplet of model '{model.name}' is off (E = 0). Expected "
+            "a trained model; `unwrap_model` drops the adapters."
+        )
+
+    def make(old):
+        on = ops.convert_to_numpy(old.lora_e).nonzero()[0]
+        new = LoRADense(
+            old.layer, rank=len(on), alpha=float(old.scale) * len(on)
+        )
+
+        def fill():
+            a = ops.convert_to_tensor(old.lora_a * old.lora_e)
+            new.lora_a.assign(ops.take(a, on, axis=1))
+            new.lora_b.assign(ops.take(old.lora_b, on, axis=0))
+
+        return new, fill
+
+    adapters = [place.layer for place in found]
+    exchange(model, [a for a in adapters if a.active_rank()], make)
+    drop(model, [a for a in adapters if not a.active_rank()])
+    return ranks
+
+
+def drop(model: keras.Model, adapters: list[AdapterLayer]) -> None:
+    """Takes some adapters off; their bases stay frozen like the others."""
+    if not adapters:
+        return
+    swaps = {adapter: adapter.layer for adapter in adapters}
+    models = surgery.replace_layers(model, swaps, renew_optimizers=True)
+    for adapter in adapters:
+        adapter.release()
+        adapter.freeze_base()
+    surgery.forget_compiled(models)
 
 
 def _lora_pair(adapter, rank):

@@ -9,6 +9,7 @@ from keras import ops
 from keras_spectral import surgery
 from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.blocks.unipelt import LOW_GATE
+from keras_spectral.convert import drop
 from keras_spectral.convert import exchange
 from keras_spectral.layers.adapter import check_choice
 from keras_spectral.layers.adapter import check_number
@@ -261,13 +262,7 @@ def _keep_parts(model, kept, **changes):
         if parts and (changes or len(parts) < len(block.parts))
     ]
     exchange(model, touched, make)
-    bare = {block: block.layer for block, parts in kept.items() if not parts}
-    if bare:
-        models = surgery.replace_layers(model, bare, renew_optimizers=True)
-        for block in bare:
-            block.release()
-            block.freeze_base()
-        surgery.forget_compiled(models)
+    drop(model, [block for block, parts in kept.items() if not parts])
 
 
 def _take_weights(new, old):

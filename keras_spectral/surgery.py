@@ -10,6 +10,7 @@ a layer sees the change as well.
 import contextlib
 import gc
 import inspect
+from collections.abc import Callable
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute
@@ -274,3 +275,50 @@ def _swapped(value, mapping, seen):
     for key, item in zip(keys, fresh):
         value[key] = item
     return value
+
+
+def after_update(
+    optimizer: keras.optimizers.Optimizer, function: Callable | None
+) -> None:
+    """Lets an optimizer call a function after each update of weights.
+
+    The function gets the gradients that the update used (accumulated,
+    clipped) and the variables, within the compiled step. The optimizer's
+    class is exchanged for one that is called the same and is saved as the
+    same.
+
+    Args:
+        optimizer: A Keras optimizer.
+        function: What to call; None takes it off again.
+    """
+    plain = getattr(optimizer, "_plain_class", type(optimizer))
+    if function is None:
+        optimizer.__class__ = plain
+        return
+
+    def update(self, grads, trainable_variables, learning_rate):
+        plain._backend_update_step(
+            self, grads, trainable_variables, learning_rate
+        )
+        function(grads, trainable_variables)
+
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {name: getattr(plain, name) for name in names}
+    body |= {"_plain_class": plain, "_backend_update_step": update}
+    body |= {"_called_after_update": staticmethod(function)}
+    optimizer.__class__ = type(plain.__name__, (plain,), body)
+
+
+def called_after_update(
+    optimizer: keras.optimizers.Optimizer,
+) -> Callable | None:
+    """What `after_update` gave to an optimizer, if it did."""
+    return getattr(optimizer, "_called_after_update", None)
+
+
+def remove_variables(
+    optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
+) -> None:
+    """Lets an optimizer forget variables that were added to it."""
+    for variable in variables:
+        optimizer._untrack_variable(variable)

@@ -21,6 +21,7 @@ from keras_spectral.kernels import kernel_view
 from keras_spectral.surgery import own_variables
 
 KINDS = {
+    "AdaLoRADense": layer_cases.ALL,
     "LoRADense": layer_cases.ALL,
     "ConvLoRA": layer_cases.PLAIN_CONV,
     "DecayingLoRA": layer_cases.ALL,
@@ -142,6 +143,12 @@ VARIANTS = [
         {"rank": 2, "frozen": True},
         _lora_size,
         fits=lambda case: case.name in ("dense", "conv_2d_strided"),
+    ),
+    Variant(
+        "AdaLoRADense",
+        "adalora",
+        {"rank": 2, "alpha": 3},
+        lambda case, layer: 2 * case.size + 2,
     ),
     Variant("SpectralDense", "additive", {"rank": 2}, _lora_size),
     Variant(
@@ -351,6 +358,9 @@ def oracle(variant, adapter):
         alpha = variant.options.get("alpha", rank)
         root = variant.options.get("scaling") == "rslora"
         scale = alpha / np.sqrt(rank) if root else alpha / rank
+        if variant.adapter == "AdaLoRADense":
+            scale = alpha / (rank + 1e-5)
+            weights["lora_a"] *= weights["lora_e"]
         if variant.options.get("factorization") == "loralib":
             return _loralib_oracle(adapter, scale, **weights)
         delta = weights["lora_a"] @ weights["lora_b"]

@@ -3,6 +3,13 @@
 from keras_spectral.callbacks.gate_monitor import GateMonitor
 from keras_spectral.callbacks.gate_recorder import GateRecorder
 from keras_spectral.callbacks.mean_weights import MeanWeights
+from keras_spectral.callbacks.rank_budget import RankBudget
 from keras_spectral.callbacks.transfer_monitor import TransferMonitor
 
-__all__ = ["GateMonitor", "GateRecorder", "MeanWeights", "TransferMonitor"]
+__all__ = [
+    "GateMonitor",
+    "GateRecorder",
+    "MeanWeights",
+    "RankBudget",
+    "TransferMonitor",
+]

@@ -1,5 +1,6 @@
 """One adapter per file, on the base in `adapter.py`."""
 
+from keras_spectral.layers.adalora import AdaLoRADense
 from keras_spectral.layers.adapter import METHODS
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.conditional_spectral import ConditionalSpectralDense
@@ -12,6 +13,7 @@ from keras_spectral.layers.spectral import SpectralDense
 
 __all__ = [
     "METHODS",
+    "AdaLoRADense",
     "AdapterLayer",
     "ConditionalSpectralDense",
     "ConvLoRA",

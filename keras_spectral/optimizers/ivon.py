@@ -203,12 +203,25 @@ class IVON(keras.optimizers.Optimizer):
         """
         self._check_built()
         self._check_variables_are_known([variable])
+        mean, deviation = map(ops.convert_to_numpy, self.moments(variable))
+        return mean, deviation
+
+    def moments(self, variable: keras.Variable) -> tuple:
+        """The same as tensors, also within a compiled step."""
         index = self._get_variable_index(variable)
-        hessian = ops.convert_to_tensor(self._hessians[index])
-        return (
-            ops.convert_to_numpy(self._means[index]),
-            ops.convert_to_numpy(self._deviation(hessian)),
+        mean, hessian = (
+            ops.convert_to_tensor(state[index])
+            for state in (self._means, self._hessians)
         )
+        return mean, self._deviation(hessian)
+
+    def multiply_mean(self, variable: keras.Variable, factor) -> None:
+        """Multiplies a variable's mean; its sample moves along with it."""
+        index = self._get_variable_index(variable)
+        mean = ops.convert_to_tensor(self._means[index])
+        change = mean * factor - mean
+        self._means[index].assign(mean + change)
+        variable.assign(ops.convert_to_tensor(variable) + change)
 
     def get_config(self):
         config = super().get_config()

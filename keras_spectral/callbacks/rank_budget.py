@@ -1,0 +1,190 @@
+"""RankBudget: spreads a budget of triplets over AdaLoRADense layers."""
+
+import math
+import numbers
+import warnings
+
+import keras
+
+from keras_spectral import surgery
+from keras_spectral.convert import compact_ranks
+from keras_spectral.layers import AdaLoRADense
+from keras_spectral.layers.adapter import check_choice
+from keras_spectral.layers.adapter import check_number
+from keras_spectral.optimizers import IVON
+from keras_spectral.optimizers.allocation import RankAllocation
+from keras_spectral.optimizers.allocation import Schedule
+from keras_spectral.optimizers.importance import CRITERIA
+from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import require_adapters
+
+
+class RankBudget(keras.callbacks.Callback):
+    """Takes the least important triplets of AdaLoRADense layers away.
+
+    The number of triplets that may be on, over all layers, is the sum of
+    their ranks b_0 for the first `warmup` steps, and b_T = `target_rank` times
+    the number of layers in the last `final` ones; between, after step t,
+
+        b = int((b_0 - b_T) (1 - (t - warmup) / (T - final - warmup))^3 + b_T)
+
+    Every `interval` steps the triplets whose importance is not among the b
+    largest of the model get E = 0; they may grow back until the next time. In
+    the final steps the last choice stands. A triplet's importance is s(E_i) +
+    mean s(A_:i) + mean s(B_i:), with s by `criterion`:
+
+    - `"sensitivity"` (AdaLoRA): Ibar * Ubar, moving averages of I = |w g| and
+      of |I - Ibar|, w after the update and g the gradient that it used;
+    - with IVON, from each weight's mean m and deviation sigma: `"snr"`
+      |m| / sigma, `"snr_abs"` E|t| / sd|t|, `"mean"` |m|, `"precision"`
+      1 / sigma.
+
+    All of that runs inside of the optimizer's compiled step, without a second
+    backward pass, with clipping, accumulation and several steps an execution.
+    The logs gain `rank_budget`, the number of triplets on, and `rank/PATH`
+    for each layer; `ranks` keeps them, one dictionary an epoch. At the end of
+    training it warns if no triplet was chosen.
+
+    Source: Zhang et al. 2023, arXiv 2303.10512, section 3; Bayesian
+    criteria: Chen et al. 2024, arXiv 2409.10673.
+
+    Args:
+        target_rank: Mean number of triplets a layer at the end.
+        criterion: `"sensitivity"`, `"snr"`, `"mean"`, `"precision"` or
+            `"snr_abs"`.
+        warmup: Steps (whole number) or share of training (below 1).
+        final: The same, at the end.
+        interval: Steps between two choices.
+        total_steps: T. Defaults to epochs times steps of the `fit`.
+        beta_1: Of the average Ibar.
+        beta_2: Of the average Ubar.
+        compact: Whether `compact_ranks` follows after training.
+
+    Raises:
+        ValueError: At the start of training: no AdaLoRADense, no steps left
+            between warmup and final, a target above the ranks, a Bayesian
+            criterion without IVON, an unknown number of steps.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_spectral as ks
+    >>> layer = ks.AdaLoRADense(keras.layers.Dense(4, name="hidden"), rank=3)
+    >>> model = keras.Sequential([keras.Input((5,)), layer])
+    >>> model.compile("adam", "mse")
+    >>> budget = ks.callbacks.RankBudget(1, warmup=2, final=2, interval=1)
+    >>> history = model.fit(
+    ...     np.ones((8, 5)), np.ones((8, 4)), epochs=10, verbose=0,
+    ...     callbacks=[budget],
+    ... ).history
+    >>> history["rank_budget"]
+    [3, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    >>> layer.active_rank()
+    1
+    """
+
+    def __init__(
+        self,
+        target_rank: float,
+        criterion: str = "sensitivity",
+        warmup: float = 0.1,
+        final: float = 0.3,
+        interval: int = 10,
+        total_steps: int | None = None,
+        beta_1: float = 0.85,
+        beta_2: float = 0.85,
+        compact: bool = False,
+    ):
+        super().__init__()
+        check_number(target_rank, "target_rank", 0)
+        check_choice(criterion, "criterion", CRITERIA)
+        check_number(warmup, "warmup", 0)
+        check_number(final, "final", 0)
+        check_number(beta_1, "beta_1", 0, 1)
+        check_number(beta_2, "beta_2", 0, 1)
+        self.target_rank = target_rank
+        self.criterion = criterion
+        self.warmup = warmup
+        self.final = final
+        self.interval = interval
+        self.total_steps = total_steps
+        self.betas = beta_1, beta_2
+        self.compact = compact
+        self.ranks: list[dict[str, int]] = []
+        self.allocation: RankAllocation | None = None
+
+    def on_train_begin(self, logs=None):
+        adapters = require_adapters(self.model, AdaLoRADense)
+        schedule = self._schedule(adapters)
+        optimizer = self._optimizer()
+        if self.criterion != "sensitivity" and not isinstance(optimizer, IVON):
+            raise ValueError(
+                f"Received criterion={self.criterion!r} with the optimizer "
+                f"{type(optimizer).__name__}. Expected IVON, which knows means "
+                "and deviations; or criterion='sensitivity'."
+            )
+        self._take_off(optimizer)  # what an interrupted training has left
+        if not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
+        self.allocation = RankAllocation(
+            optimizer, adapters, schedule, self.criterion, *self.betas
+        )
+        surgery.after_update(optimizer, self.allocation)
+        surgery.forget_compiled([self.model])
+        self.model.make_train_function()
+
+    def on_epoch_end(self, epoch, logs=None):
+        places = adapter_places(self.model, AdaLoRADense)
+        ranks = self.allocation.ranks()
+        self.ranks.append(dict(zip((p.path for p in places), ranks)))
+        if logs is not None:
+            logs["rank_budget"] = sum(ranks)
+            logs |= {f"rank/{path}": n for path, n in self.ranks[-1].items()}
+
+    def on_train_end(self, logs=None):
+        steps = int(self.allocation.step)
+        schedule = self.allocation.schedule
+        self._take_off(self._optimizer())
+        surgery.forget_compiled([self.model])
+        if steps <= schedule.warmup:
+            warnings.warn(
+                f"RankBudget took no triplet away: {steps} steps were trained, "
+                f"and warmup={schedule.warmup} of {schedule.total}. Expected "
+                "a training that is as long as `total_steps`.",
+                stacklevel=2,
+            )
+        if self.compact:
+            compact_ranks(self.model)
+
+    def _take_off(self, optimizer):
+        allocation = surgery.called_after_update(optimizer)
+        if isinstance(allocation, RankAllocation):
+            surgery.after_update(optimizer, None)
+            surgery.remove_variables(optimizer, allocation.variables)
+
+    def _optimizer(self):
+        optimizer = self.model.optimizer
+        return getattr(optimizer, "inner_optimizer", optimizer)
+
+    def _schedule(self, adapters):
+        total = self.total_steps
+        if total is None:
+            epochs, steps = (self.params.get(k) for k in ("epochs", "steps"))
+            if not epochs or not steps:
+                raise ValueError(
+                    "The number of training steps is not known beforehand. "
+                    "Expected RankBudget(..., total_steps=...)."
+                )
+            accumulated = self._optimizer().gradient_accumulation_steps or 1
+            total = epochs * steps // accumulated
+        start = sum(adapter.rank for adapter in adapters)
+        end = round(self.target_rank * len(adapters))
+        warmup, final = (_steps(x, total) for x in (self.warmup, self.final))
+        return Schedule(warmup, final, self.interval, total, start, end)
+
+
+def _steps(given, total):
+    """Steps from a whole number of them or from a share."""
+    if isinstance(given, numbers.Integral):
+        return int(given)
+    return math.floor(given * total)
