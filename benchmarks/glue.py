@@ -137,25 +137,43 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of rows, each padded to its own longest example only."""
+    """The batches of every epoch, epoch after epoch.
+
+    Args:
+        inputs: All examples.
+        labels: Their labels.
+        plan: For each epoch the rows of each batch.
+        cut: Whether a batch is padded to its own longest example only.
+    """
 
     def __init__(
-        self, inputs: Inputs, labels: np.ndarray, batches: list[np.ndarray]
+        self,
+        inputs: Inputs,
+        labels: np.ndarray,
+        plan: list[list[np.ndarray]],
+        cut: bool,
     ):
         super().__init__()
         self.inputs = inputs
         self.labels = labels
-        self.batches = batches
+        self.plan = plan
+        self.cut = cut
+        self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.plan[0])
 
     def __getitem__(self, index):
-        rows = self.batches[index]
-        longest = lengths(self.inputs)[rows].max()
-        longest = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        rows = self.plan[min(self.epoch, len(self.plan) - 1)][index]
+        longest = self.inputs["padding_mask"].shape[1]
+        if self.cut:
+            longest = lengths(self.inputs)[rows].max()
+            longest = -(-longest // LENGTH_STEP) * LENGTH_STEP
         cut = {k: array[rows, :longest] for k, array in self.inputs.items()}
         return cut, self.labels[rows]
+
+    def on_epoch_end(self):
+        self.epoch += 1
 
 
 def lengths(inputs: Inputs) -> np.ndarray:
@@ -182,15 +200,29 @@ def grouped_batches(
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 of class 1 and Matthews correlation."""
+def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, F1 of class 1, Matthews, and how calibrated logits are.
+
+    `nll` is the mean negative log-likelihood, `ece` the expected calibration
+    error over 15 bins of confidence.
+    """
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    predicted, confidence = logits.argmax(axis=-1), np.exp(log_p.max(axis=-1))
+    right = predicted == labels
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [
+        abs((right[bins == b] - confidence[bins == b]).sum()) for b in range(15)
+    ]
     hits = ((predicted == 1) & (labels == 1)).sum()
     positives = (predicted == 1).sum() + (labels == 1).sum()
     matthews = np.corrcoef(predicted, labels)[0, 1] if predicted.std() else 0.0
     return {
-        "accuracy": float((predicted == labels).mean()),
+        "accuracy": float(right.mean()),
         "f1": float(2 * hits / max(1, positives)),
         "matthews": float(matthews),
+        "nll": float(-log_p[np.arange(len(labels)), labels].mean()),
+        "ece": float(sum(gaps) / len(labels)),
     }
 
 
@@ -199,16 +231,26 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores the model on the evaluation split."""
     logits = model.predict(inputs, batch_size=64, verbose=0)
-    return scores(logits.argmax(axis=-1), labels)
+    return scores(logits.astype("float64"), labels)
 
 
 class ShowProgress(keras.callbacks.Callback):
-    """Moves a rich progress bar on at every step."""
+    """Moves a rich progress bar on; scores and prints after each epoch."""
 
-    def __init__(self, bar: Progress, total_steps: int):
+    def __init__(self, epochs: int, total_steps: int, dev, show: Console):
         super().__init__()
-        self.bar = bar
-        self.task = bar.add_task(
+        self.dev = dev
+        self.history: list[dict[str, float]] = []
+        self.start = time.time()
+        self.bar = Progress(
+            TextColumn(f"epoch {{task.fields[epoch]}}/{epochs}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TimeRemainingColumn(),
+            console=show,
+        )
+        self.task = self.bar.add_task(
             "train", total=total_steps, epoch=0, loss=float("nan")
         )
 
@@ -218,16 +260,34 @@ class ShowProgress(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.bar.update(self.task, advance=1, loss=float(logs["loss"]))
 
+    def on_epoch_end(self, epoch, logs=None):
+        result = {
+            "epoch": epoch + 1,
+            "loss": float(logs["loss"]),
+            **evaluate(self.model, *self.dev),
+            "seconds": round(time.time() - self.start, 1),
+        }
+        self.history.append(result)
+        values = (f"{name} {value:.4g}" for name, value in result.items())
+        self.bar.console.print("  ".join(values), highlight=False)
 
-def progress_bar(epochs: int, show: Console) -> Progress:
-    """One bar for the whole training: epoch, step, loss, time left."""
-    return Progress(
-        TextColumn(f"epoch {{task.fields[epoch]}}/{epochs}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-        console=show,
+
+def make_optimizer(
+    args: argparse.Namespace, steps: int
+) -> keras.optimizers.Optimizer:
+    """AdamW or IVON, with the same warmup, decay and clipping."""
+    rate = WarmupLinear(args.lr, int(0.06 * steps), steps)
+    if args.optimizer == "ivon":
+        return ks.optimizers.IVON(
+            rate,
+            ess=args.ess,
+            hess_init=args.hess_init,
+            weight_decay=args.ivon_decay,
+            global_clipnorm=1.0,
+            seed=args.seed,
+        )
+    return keras.optimizers.AdamW(
+        rate, weight_decay=0.01, epsilon=1e-8, global_clipnorm=1.0
     )
 
 
@@ -240,58 +300,49 @@ def train(
 ) -> list[dict[str, float]]:
     """Compiles, fits and scores after each epoch; returns the history.
 
-    One `fit` per epoch, on rows in a fresh seeded order: KerasHub does not
-    shuffle, and so every backend and the peer see the same batches.
+    The order of the rows is drawn here, epoch by epoch, so that every backend
+    and the peer see the same batches.
     """
     inputs, labels = data
     rng = np.random.default_rng(args.seed)
     pool = rng.permutation(len(labels))[: args.examples]
     total_steps = args.epochs * -(-len(pool) // args.batch)
+    plan = []
+    for _ in range(args.epochs):
+        rows = rng.permutation(pool)
+        if args.group_by_length:
+            plan.append(grouped_batches(rows, inputs, args.batch, rng))
+        else:
+            plan.append(plain_batches(rows, args.batch))
     model.compile(
-        keras.optimizers.AdamW(
-            WarmupLinear(args.lr, int(0.06 * total_steps), total_steps),
-            weight_decay=0.01,
-            epsilon=1e-8,
-            global_clipnorm=1.0,
-        ),
+        make_optimizer(args, total_steps),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    history = []
-    start = time.time()
-    with progress_bar(args.epochs, show) as bar:
-        progress = ShowProgress(bar, total_steps)
-        for epoch in range(args.epochs):
-            rows = rng.permutation(pool)
-            settings = {
-                "initial_epoch": epoch,
-                "epochs": epoch + 1,
-                "shuffle": False,
-                "verbose": 0,
-                "callbacks": [progress],
-            }
-            if args.group_by_length:
-                batches = grouped_batches(rows, inputs, args.batch, rng)
-                # Not KerasHub's `fit`, which knows no PyDataset.
-                fitted = keras.Model.fit(
-                    model, Batches(inputs, labels, batches), **settings
-                )
-            else:
-                fitted = model.fit(
-                    {name: array[rows] for name, array in inputs.items()},
-                    labels[rows],
-                    batch_size=args.batch,
-                    **settings,
-                )
-            result = {
-                "epoch": epoch + 1,
-                "loss": fitted.history["loss"][-1],
-                **evaluate(model, *dev),
-                "seconds": round(time.time() - start, 1),
-            }
-            history.append(result)
-            values = (f"{name} {value:.4g}" for name, value in result.items())
-            bar.console.print("  ".join(values), highlight=False)
-    return history
+    progress = ShowProgress(args.epochs, total_steps, dev, show)
+    callbacks = [progress]
+    if args.optimizer == "ivon":
+        callbacks.insert(0, ks.callbacks.MeanWeights())
+    if args.method == "adalora":
+        callbacks.insert(
+            0,
+            ks.callbacks.RankBudget(
+                args.target_rank,
+                args.criterion,
+                total_steps=total_steps,
+                interval=args.interval,
+            ),
+        )
+    with progress.bar:
+        # Not KerasHub's `fit`, which knows no PyDataset.
+        keras.Model.fit(
+            model,
+            Batches(inputs, labels, plan, args.group_by_length),
+            epochs=args.epochs,
+            shuffle=False,
+            verbose=0,
+            callbacks=callbacks,
+        )
+    return progress.history
 
 
 def adapt(model: keras.Model, args: argparse.Namespace, show: Console) -> None:
@@ -363,6 +414,13 @@ def parse_args() -> argparse.Namespace:
         help="any other option of the method, repeatable",
     )
     add("--lr", type=float, help="default: 1e-3, for full 5e-5")
+    add("--optimizer", choices=("adamw", "ivon"), default="adamw")
+    add("--ess", type=float, default=1e6, help="IVON")
+    add("--hess-init", type=float, default=1e-3, help="IVON")
+    add("--ivon-decay", type=float, default=1e-5, help="IVON's weight decay")
+    add("--criterion", default="sensitivity", help="of AdaLoRA")
+    add("--target-rank", type=float, default=2, help="of AdaLoRA, a layer")
+    add("--interval", type=int, default=10, help="of AdaLoRA, steps")
     add("--epochs", type=int, default=5)
     add("--batch", type=int, default=32)
     add("--seed", type=int, default=0)
