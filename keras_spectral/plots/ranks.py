@@ -37,7 +37,9 @@ def plot_rank_history(ranks: Sequence[Mapping[str, int]], ax=None):
     ax.set_xlabel("epoch")
     ax.set_ylabel("rank")
     if len(ranks[0]) <= _MOST_NAMED:
-        ax.legend(frameon=False, fontsize=7, ncols=2)
+        ax.legend(
+            frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1)
+        )
     return figure
 
 
