@@ -189,7 +189,7 @@ def test_soft_prompt_on_a_classifier(tmp_path):
     plain = model.predict(inputs, verbose=0)
     ks.wrap_model(model, "soft_prompt", length=3)
     (place,) = adapter_places(model)
-    assert place.path == "bert_backbone"
+    assert place.key == "bert_backbone"
     _randomize(model)
     adapted = model.predict(inputs, verbose=0)
     assert np.abs(adapted - plain).max() > 1e-4
