@@ -141,6 +141,17 @@ class SoftPrompt(BlockAdapter):
             outputs = self.layer(inputs, **kwargs)
         return keras.tree.map_structure(shorter, outputs)
 
+    def compute_output_spec(self, *args, **kwargs):
+        spec = super().compute_output_spec(*args, **kwargs)
+
+        def longer(x):
+            if not self.keep or len(x.shape) != 3 or x.shape[1] is None:
+                return x
+            shape = (x.shape[0], x.shape[1] + self.length, x.shape[2])
+            return keras.KerasTensor(shape, x.dtype)
+
+        return keras.tree.map_structure(longer, spec)
+
 
 class _View:
     """A backbone as its token embedding."""

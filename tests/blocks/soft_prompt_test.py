@@ -139,7 +139,8 @@ def test_on_a_task_from_wrap_to_unwrap(tmp_path):
     )
 
 
-def test_a_model_of_ids_alone_round_trips(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_model_of_ids_alone_round_trips(keep, tmp_path):
     keras.utils.set_random_seed(0)
     ids = keras.Input((TOKENS,), dtype="int32")
     inner = keras.Sequential(
@@ -150,11 +151,12 @@ def test_a_model_of_ids_alone_round_trips(tmp_path):
         ],
         name="backbone",
     )
-    model = keras.Model(ids, ks.SoftPrompt(inner, LENGTH)(ids))
+    model = keras.Model(ids, ks.SoftPrompt(inner, LENGTH, keep=keep)(ids))
     _randomize(model)
     x = _inputs()["token_ids"]
     expected = _numpy(model(x))
-    assert expected.shape == (4, TOKENS, 4)
+    assert expected.shape == (4, TOKENS + keep * LENGTH, 4)
+    assert model.output_shape == (None, *expected.shape[1:])
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(_numpy(again(x)), expected, atol=1e-6)
