@@ -91,6 +91,7 @@ def recover(args) -> None:
     images, labels = read_images(folder, "train", rows)
     test = read_images(folder, "test", np.arange(args.test_examples))
     steps = args.epochs * -(-len(labels) // args.batch)
+    teachers = {"original": load_resnet(args.depth, folder)}
     for name in ("none", *args.methods):
         keras.utils.set_random_seed(args.seed)
         model = load_resnet(args.depth, folder)
@@ -98,18 +99,24 @@ def recover(args) -> None:
             model = ks.compress_model(model, args.ratios[0], method=name)
         before = accuracy_of(model, test)
         schedule = keras.optimizers.schedules.CosineDecay(args.lr, steps)
-        compile_for(model, schedule)
+        trained = model
+        if name != "none" and args.teacher:
+            trained = ks.compression.distiller(model, teachers[args.teacher])
+        compile_for(trained, schedule)
         start = time.perf_counter()
-        model.fit(
+        trained.fit(
             images,
             labels,
             batch_size=args.batch,
             epochs=args.epochs,
             verbose=0,
         )
+        if name == "none":
+            teachers["tuned"] = model
         emit(
             depth=args.depth,
             method=name,
+            teacher=args.teacher if name != "none" else None,
             ratio=args.ratios[0] if name != "none" else 0.0,
             before=round(before, 4),
             accuracy=round(accuracy_of(model, test), 4),
@@ -170,6 +177,7 @@ def main() -> None:
     add("--epochs", type=int, default=3)
     add("--batch", type=int, default=128)
     add("--lr", type=float, default=1e-3)
+    add("--teacher", choices=("original", "tuned"), help="to recover from")
     add("--seed", type=int, default=0)
     add("--repeats", type=int, default=15)
     args = parser.parse_args()

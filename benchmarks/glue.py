@@ -260,6 +260,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--examples", type=int, help="train on that many, drawn by the seed")
     add("--length", type=int, help="longest input in tokens")
+    add("--dtype", default="float32", help="dtype policy: mixed_bfloat16")
     add(
         "--group-by-length",
         action="store_true",
@@ -277,6 +278,7 @@ def main() -> None:
     args = parse_args()
     show = Console(stderr=True)
     keras.utils.set_random_seed(args.seed)
+    keras.config.set_dtype_policy(args.dtype)
     tokenizer = keras_hub.models.BertTokenizer.from_preset(
         preset_folder(), strip_accents=True
     )

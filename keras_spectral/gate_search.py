@@ -272,7 +272,8 @@ def _take_weights(new, old):
         old.gate_names.index(n) for n in new.gate_names if n in old.gate_names
     ]
     for weight in surgery.own_variables(new):
-        if weight.name not in values:
+        record = not weight.trainable  # of gates that may be others
+        if weight.name not in values or (record and old.gate != new.gate):
             continue
         value = ops.convert_to_tensor(values[weight.name])
         if tuple(value.shape) != tuple(weight.shape):

@@ -6,6 +6,7 @@ from block_cases import WIDTH
 from keras import ops
 
 import keras_spectral as ks
+from keras_spectral import gate_search
 from keras_spectral.wrap import adapter_places
 
 PARTS = {"lora": 2, "prefix": 3, "adapter": 2}
@@ -149,6 +150,31 @@ def test_search_keeps_what_fits(gate):
         assert place.layer.options()["penalty"] == "entropy"
     losses = model.fit(*data, epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_what_is_kept_goes_on_with_its_weights(monkeypatch, gate):
+    model, data = _compiled()
+    trained = {}
+
+    def train(*args):
+        fit(*args)
+        for block in _blocks(model):
+            names = ("lora", "prefix", "adapter")
+            for weight in block.trainable_weights:
+                if weight.name.startswith(names):
+                    trained[block.name, weight.name] = weight.numpy()
+
+    fit = gate_search.fit
+    monkeypatch.setattr(gate_search, "fit", train)
+    kept = ks.search_parts(model, data, 2, keep=1.0, gate=gate, **PARTS)
+    assert set(kept.values()) == {("lora", "prefix", "adapter")}
+    found = {(b.name, w.name): w for b in _blocks(model) for w in b.weights}
+    assert len(trained) > 10
+    for key, value in trained.items():
+        np.testing.assert_array_equal(found[key].numpy(), value)
+    count = 4 if gate == "sigmoid" else 3
+    assert all(b.low_steps.shape == (count,) for b in _blocks(model))
 
 
 def test_latency_shuts_every_part():

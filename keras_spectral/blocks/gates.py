@@ -18,9 +18,7 @@ class SigmoidGates:
     """
 
     def __init__(self, block, sizes: dict[str, int]):
-        start = keras.initializers.RandomNormal(
-            0.0, block.init_stddev, block.seed
-        )
+        start = _start(block)
         self.weights = {
             name: dense_weights(block, f"gate_{name}", size, 1, start)
             for name, size in sizes.items()
@@ -46,9 +44,7 @@ class SoftmaxGates:
     def __init__(self, block, sizes: dict[str, int]):
         self.block = block
         self.names = list(sizes)
-        start = keras.initializers.RandomNormal(
-            0.0, block.init_stddev, block.seed
-        )
+        start = _start(block)
         width = block.view.width
         if len(sizes) == 1:  # has all of the sum, without a network
             return

@@ -170,6 +170,12 @@ def _token_embedding(backbone):
             "whole backbone, a model of token ids."
         )
     inputs = getattr(backbone, "inputs", None) or []
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    if any(len(shape) != 2 for shape in shapes):
+        raise ValueError(
+            f"'{backbone.name}' has inputs of shapes {shapes}. Expected token "
+            "ids (batch, tokens)."
+        )
     if any("encoder" in tensor.name for tensor in inputs):
         raise ValueError(
             f"'{backbone.name}' has an encoder and a decoder, which share "

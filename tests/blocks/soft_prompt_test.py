@@ -174,6 +174,9 @@ def test_what_does_not_fit_is_refused():
         ks.SoftPrompt(keras.Sequential([keras.layers.Dense(2)]))
     task, _ = _task()
     task.call_with_cache = None
+    pixels = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()])
+    with pytest.raises(ValueError, match="inputs of shapes"):
+        ks.SoftPrompt(pixels)
     with pytest.raises(ValueError, match="generates text"):
         ks.wrap_model(task, "soft_prompt")
     assert not adapter_places(task)
