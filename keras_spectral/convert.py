@@ -8,12 +8,12 @@ import keras
 from keras import ops
 
 from keras_spectral import surgery
+from keras_spectral.checks import check_rank
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
-from keras_spectral.layers.adapter import check_rank
 from keras_spectral.spectra import Triplets
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters

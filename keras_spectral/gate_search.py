@@ -9,10 +9,10 @@ from keras import ops
 from keras_spectral import surgery
 from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.blocks.unipelt import LOW_GATE
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
 from keras_spectral.convert import drop
 from keras_spectral.convert import exchange
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_number
 from keras_spectral.spectra import LateProgress
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters

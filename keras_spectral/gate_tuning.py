@@ -7,9 +7,9 @@ import keras
 from keras import ops
 
 from keras_spectral._evaluate import evaluate
+from keras_spectral.checks import check_choice
 from keras_spectral.gate_search import check_ready
 from keras_spectral.gate_search import fit
-from keras_spectral.layers.adapter import check_choice
 from keras_spectral.spectra import LateProgress
 from keras_spectral.wrap import unwrap_model
 from keras_spectral.wrap import wrap_model

@@ -13,7 +13,6 @@ import keras
 from keras_spectral import surgery
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.layers.adapter import give_triplets
 from keras_spectral.paths import Place
 from keras_spectral.paths import describe
 from keras_spectral.paths import places
@@ -21,6 +20,7 @@ from keras_spectral.paths import require_match
 from keras_spectral.select import Target
 from keras_spectral.select import kept_places
 from keras_spectral.select import select
+from keras_spectral.spectra import factorize
 
 # What was trainable before a model was first wrapped, by layer.
 _FLAGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -166,6 +166,20 @@ def require_adapters(
             "wrapped."
         )
     return adapters
+
+
+def give_triplets(
+    adapters: list[AdapterLayer], svd_cache: str | os.PathLike | None = None
+) -> None:
+    """Factorises all the kernels that some adapters are going to need."""
+    requests = []
+    for adapter in adapters:
+        view = adapter.view_of(adapter.layer)
+        requests.append((adapter, view, adapter.triplets_needed(view)))
+    needing = [(a, view, count) for a, view, count in requests if count]
+    found = factorize([(view, count) for _, view, count in needing], svd_cache)
+    for (adapter, _, _), triplets in zip(needing, found):
+        adapter.give_triplets(triplets)
 
 
 def wrap_places(

@@ -8,9 +8,9 @@ from keras_spectral.blocks.detours import Detour
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
 from keras_spectral.blocks.parts import spread
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_number
-from keras_spectral.layers.adapter import check_rank
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import register_method
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel", "post")

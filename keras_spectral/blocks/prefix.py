@@ -10,7 +10,7 @@ from keras_spectral.blocks.detours import Detour
 from keras_spectral.blocks.detours import detours
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
-from keras_spectral.layers.adapter import check_rank
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import register_method
 
 _STDDEV = 0.02

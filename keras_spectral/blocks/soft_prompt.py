@@ -6,7 +6,7 @@ from keras import ops
 from keras_spectral import surgery
 from keras_spectral.blocks.block_adapter import BlockAdapter
 from keras_spectral.blocks.detours import detours
-from keras_spectral.layers.adapter import check_rank
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import register_method
 
 _EMBEDDINGS = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)

@@ -11,9 +11,9 @@ from keras_spectral.blocks.gates import absolute
 from keras_spectral.blocks.gates import entropy
 from keras_spectral.blocks.parts import spread
 from keras_spectral.blocks.prefix import Prefix
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_number
-from keras_spectral.layers.adapter import check_rank
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import register_method
 
 LOW_GATE = 0.05  # a part whose mean gate stays below is of no use

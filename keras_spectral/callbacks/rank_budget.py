@@ -7,10 +7,10 @@ import warnings
 import keras
 
 from keras_spectral import surgery
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
 from keras_spectral.convert import compact_ranks
 from keras_spectral.layers import AdaLoRADense
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_number
 from keras_spectral.optimizers import IVON
 from keras_spectral.optimizers.allocation import RankAllocation
 from keras_spectral.optimizers.allocation import Schedule

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_rank
 from keras_spectral.compression import ranks
 from keras_spectral.compression.report import CompressedLayer
 from keras_spectral.compression.report import CompressionReport
@@ -19,8 +21,6 @@ from keras_spectral.compression.saved import put_low_rank
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_rank
 from keras_spectral.linalg import nearest_pair
 from keras_spectral.paths import describe
 from keras_spectral.paths import places

@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_spectral.layers.adapter import check_number
+from keras_spectral.checks import check_number
 
 
 def distiller(

@@ -6,9 +6,9 @@ from typing import Any
 import keras
 
 from keras_spectral._evaluate import evaluate
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
 from keras_spectral.layers import DyLoRADense
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_number
 from keras_spectral.spectra import LateProgress
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import AdapterLayer
-from keras_spectral.layers.adapter import check_number
-from keras_spectral.layers.adapter import check_rank
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.lora import check_max_rank
 
@@ -75,20 +75,11 @@ class AdaLoRADense(AdapterLayer):
         if alpha is not None:
             check_number(alpha, "alpha")
         check_number(orthogonality, "orthogonality", 0)
-        check_number(dropout, "dropout", 0, 1)
-        if dropout and isinstance(layer, keras.layers.Embedding):
-            raise ValueError(
-                f"Received dropout={dropout} for the Embedding "
-                f"'{layer.name}'. Expected 0: token ids cannot be dropped."
-            )
         self.rank = int(rank)
         self.alpha = self.rank if alpha is None else alpha
         self.orthogonality = orthogonality
-        self.dropout = dropout
-        self.seed = seed
+        self.set_dropout(dropout, seed)
         self._layers_of_model = 1
-        if dropout:
-            self.seed_generator = keras.random.SeedGenerator(seed)
 
     @classmethod
     def connect(cls, adapters):

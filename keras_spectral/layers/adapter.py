@@ -1,13 +1,11 @@
 """The base of every adapter: a transparent wrapper around one linear layer."""
 
 import inspect
-import math
-import numbers
-import os
 
 import keras
 from keras import ops
 
+from keras_spectral.checks import check_number
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels import view_class_of
 from keras_spectral.spectra import Triplets
@@ -116,6 +114,20 @@ class AdapterLayer(keras.layers.Wrapper):
         """Adapter weights are float32 and stay so in `call`."""
         wide = {"dtype": "float32", "autocast": False}
         return super().add_weight(*args, **{**wide, **kwargs})
+
+    def set_dropout(self, dropout: float, seed: int | None):
+        """Keeps `seed` and the share of inputs that `delta` drops."""
+        check_number(dropout, "dropout", 0, 1)
+        if dropout and isinstance(self.layer, keras.layers.Embedding):
+            raise ValueError(
+                f"Received dropout={dropout} for the Embedding "
+                f"'{self.layer.name}'. Expected 0: token ids cannot be "
+                "dropped."
+            )
+        self.dropout = dropout
+        self.seed = seed
+        if dropout:
+            self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build_adapter(self):
         """Creates the method's weights; `self.view` knows the shapes."""
@@ -300,48 +312,6 @@ class AdapterLayer(keras.layers.Wrapper):
         if view is not None and name == view.kernel_name:
             return view.kernel(self.view.matrix() + self.delta_matrix())
         return getattr(self.layer, name)
-
-
-def give_triplets(
-    adapters: list[AdapterLayer], svd_cache: str | os.PathLike | None = None
-) -> None:
-    """Factorises all the kernels that some adapters are going to need."""
-    requests = []
-    for adapter in adapters:
-        view = adapter.view_of(adapter.layer)
-        requests.append((adapter, view, adapter.triplets_needed(view)))
-    needing = [(a, view, count) for a, view, count in requests if count]
-    found = factorize([(view, count) for _, view, count in needing], svd_cache)
-    for (adapter, _, _), triplets in zip(needing, found):
-        adapter.give_triplets(triplets)
-
-
-def check_rank(rank, name="rank"):
-    """Raises unless `rank` is a whole number above zero."""
-    whole = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
-    if not whole or rank < 1:
-        raise ValueError(
-            f"Received {name}={rank!r}. Expected a whole number of at least "
-            "1, such as 8."
-        )
-
-
-def check_number(value, name, low=-math.inf, high=math.inf):
-    """Raises unless `value` is a number with `low <= value < high`."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not low <= value < high:
-        raise ValueError(
-            f"Received {name}={value!r}. Expected a number with "
-            f"{low} <= {name} < {high}."
-        )
-
-
-def check_choice(value, name, choices):
-    """Raises unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(
-            f"Received {name}={value!r}. Expected one of {list(choices)}."
-        )
 
 
 def _float_policy(layer):

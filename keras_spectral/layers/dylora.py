@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import AdapterLayer
-from keras_spectral.layers.adapter import check_number
-from keras_spectral.layers.adapter import check_rank
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.lora import add_pair
 from keras_spectral.layers.lora import check_max_rank

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import AdapterLayer
-from keras_spectral.layers.adapter import check_number
-from keras_spectral.layers.adapter import check_rank
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.spectral import add_triplets
 from keras_spectral.layers.spectral import check_columns_exist

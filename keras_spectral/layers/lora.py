@@ -5,10 +5,10 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import AdapterLayer
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_number
-from keras_spectral.layers.adapter import check_rank
 from keras_spectral.layers.adapter import register_method
 
 
@@ -96,22 +96,13 @@ def set_lora_options(adapter, rank, alpha, dropout, scaling, initializer, seed):
     check_rank(rank)
     if alpha is not None:
         check_number(alpha, "alpha")
-    check_number(dropout, "dropout", 0, 1)
     check_choice(scaling, "scaling", ("standard", "rslora"))
     check_choice(initializer, "initializer", ("kaiming", "pissa"))
-    if dropout and isinstance(adapter.layer, keras.layers.Embedding):
-        raise ValueError(
-            f"Received dropout={dropout} for the Embedding "
-            f"'{adapter.name}'. Expected 0: token ids cannot be dropped."
-        )
     adapter.rank = int(rank)
     adapter.alpha = adapter.rank if alpha is None else alpha
-    adapter.dropout = dropout
     adapter.scaling = scaling
     adapter.initializer = initializer
-    adapter.seed = seed
-    if dropout:
-        adapter.seed_generator = keras.random.SeedGenerator(seed)
+    adapter.set_dropout(dropout, seed)
 
 
 def lora_scale(rank, alpha, scaling):

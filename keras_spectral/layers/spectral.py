@@ -4,9 +4,9 @@ import numbers
 
 from keras import ops
 
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import AdapterLayer
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_rank
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.linalg import cayley
 

@@ -7,11 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
 from keras_spectral.contexts import merged
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import SpectralDense
-from keras_spectral.layers.adapter import check_choice
-from keras_spectral.layers.adapter import check_number
 from keras_spectral.paths import places
 from keras_spectral.saving.adapter_file import apply_adapters
 from keras_spectral.saving.adapter_file import load_adapters

@@ -6,7 +6,7 @@ import layer_cases
 import numpy as np
 import pytest
 import rich.console
-from elsewhere import load_elsewhere
+from elsewhere import outputs_elsewhere
 from keras import ops
 
 import keras_spectral as ks
@@ -204,7 +204,9 @@ def test_nothing_shrinks_where_almost_all_is_kept():
 
 def test_files_load_where_nothing_else_is_imported(tmp_path):
     small = ks.compress_model(_image_model(), ratio=0.3)
-    load_elsewhere(small, _images(), tmp_path)
+    again = outputs_elsewhere(small, _images(), tmp_path)
+    expected = small.predict(_images(), verbose=0)
+    np.testing.assert_allclose(again, expected, atol=1e-6)
 
 
 @pytest.mark.skipif(not ON_TENSORFLOW, reason="SavedModel is TensorFlow's")
