@@ -7,7 +7,7 @@ OLDEST = .keras-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint notebooks check-notebooks clean
+.PHONY: demo test lint tutorials notebooks check-notebooks lab clean
 
 demo: $(READY)
 	$(BIN)/python tutorials/01_quickstart.py
@@ -21,6 +21,14 @@ lint: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/python tutorials/build.py
+
+# Every tutorial, shortened, on a backend that changes from day to day.
+tutorials: $(READY)
+	FAST=1 OMP_NUM_THREADS=1 $(BIN)/python tutorials/build.py --run
+
+lab: $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[lab]"
+	$(BIN)/jupyter lab notebooks
 
 check-notebooks: $(READY)
 	$(BIN)/python tutorials/build.py --check

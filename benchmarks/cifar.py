@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-from _cifar import data_folder
-from _cifar import load_resnet
-from _cifar import read_images
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import keras_spectral as ks
+from keras_spectral.course.resnet import data_folder
+from keras_spectral.course.resnet import load_resnet
+from keras_spectral.course.resnet import read_images
 
 
 def train_only(model: keras.Model, chosen: Callable) -> None:

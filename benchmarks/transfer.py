@@ -8,8 +8,6 @@ with the curves of every epoch. Choose the backend by KERAS_BACKEND.
 
 import argparse
 import json
-import os
-import pathlib
 
 import keras
 import numpy as np
@@ -17,19 +15,15 @@ from rich.console import Console
 from rich.progress import track
 
 import keras_spectral as ks
+from keras_spectral.course.data import fashion
+from keras_spectral.course.data import source
 
 
 def read(folder: str | None) -> tuple[np.ndarray, ...]:
     """Images (n, 784) from 0 to 1 and labels, of training and test."""
-    root = folder or os.environ.get("KERAS_SPECTRAL_DATA")
-    if root:
-        arrays = np.load(pathlib.Path(root, "vision", "fashion_mnist.npz"))
-        names = ("train_images", "train_labels", "test_images", "test_labels")
-        x, y, test_x, test_y = (arrays[name] for name in names)
-    else:  # may download
-        (x, y), (test_x, test_y) = keras.datasets.fashion_mnist.load_data()
-    flat = [a.reshape(len(a), -1).astype("float32") / 255 for a in (x, test_x)]
-    return flat[0], y.astype("int32"), flat[1], test_y.astype("int32")
+    data = fashion(folder or source() or "tfds")
+    flat = [x.reshape(len(x), -1) for x in (data.x, data.test_x)]
+    return flat[0], data.y, flat[1], data.test_y
 
 
 def build(width: int) -> keras.Model:

@@ -46,7 +46,9 @@ def read_images(
     return (images / 255 - MEAN) / STD, labels[rows].astype("int32")
 
 
-def build_resnet(depth: int) -> keras.Model:
+def build_resnet(
+    depth: int, input_shape: tuple[int, int, int] = (32, 32, 3)
+) -> keras.Model:
     """The CIFAR ResNet of He et al. 2015 with parameter-free shortcuts.
 
     Convolutions and batch norms have the names of the PyTorch original,
@@ -54,8 +56,9 @@ def build_resnet(depth: int) -> keras.Model:
 
     Args:
         depth: 6 n + 2 layers, such as 20, 32 or 56.
+        input_shape: Of one image.
     """
-    inputs = x = keras.Input((32, 32, 3))
+    inputs = x = keras.Input(input_shape)
     x = _conv_norm(x, 16, 1, "conv1", "bn1")
     x = keras.layers.ReLU()(x)
     for stage in (1, 2, 3):

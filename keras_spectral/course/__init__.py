@@ -1,0 +1,32 @@
+"""What the tutorials share: data, small trained models, pictures.
+
+Nothing here is needed to use the library.
+"""
+
+from keras_spectral.course.data import Data
+from keras_spectral.course.data import digits
+from keras_spectral.course.data import fashion
+from keras_spectral.course.data import images
+from keras_spectral.course.models import Pretrained
+from keras_spectral.course.models import reader
+from keras_spectral.course.models import vision
+from keras_spectral.course.page import FAST
+from keras_spectral.course.page import accuracy
+from keras_spectral.course.page import count
+from keras_spectral.course.page import show
+from keras_spectral.course.page import train
+
+__all__ = [
+    "FAST",
+    "Data",
+    "Pretrained",
+    "accuracy",
+    "count",
+    "digits",
+    "fashion",
+    "images",
+    "reader",
+    "show",
+    "train",
+    "vision",
+]

@@ -1,0 +1,105 @@
+"""Images for the tutorials: embedded digits, or larger sets where asked.
+
+KERAS_SPECTRAL_DATA chooses: unset, scikit-learn's digits; a folder, the sets
+in its `vision/`; `tfds`, TensorFlow Datasets, which downloads.
+"""
+
+import os
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+_SEED = 7
+
+
+class Data(NamedTuple):
+    """A labelled set, and the part of it that is kept for testing."""
+
+    name: str
+    x: Any
+    y: np.ndarray
+    test_x: Any
+    test_y: np.ndarray
+
+
+def source() -> str | pathlib.Path | None:
+    """None for embedded data, `"tfds"`, or the folder that was asked for.
+
+    Raises:
+        FileNotFoundError: KERAS_SPECTRAL_DATA names no folder.
+    """
+    given = os.environ.get("KERAS_SPECTRAL_DATA")
+    if not given or given == "tfds":
+        return given or None
+    folder = pathlib.Path(given)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"KERAS_SPECTRAL_DATA is {given!r}, which is no folder. Expected "
+            "one that holds vision/ and text/, 'tfds' to download, or nothing."
+        )
+    return folder
+
+
+def images(train: int = 2000, test: int = 1000) -> Data:
+    """Grey images (n, height, width, 1) from 0 to 1 of ten classes.
+
+    Args:
+        train: At most so many for training.
+        test: At most so many for testing.
+    """
+    place = source()
+    data = digits() if place is None else fashion(place)
+    return data._replace(
+        x=data.x[:train],
+        y=data.y[:train],
+        test_x=data.test_x[:test],
+        test_y=data.test_y[:test],
+    )
+
+
+def digits() -> Data:
+    """scikit-learn's handwritten digits, (1300 and 497, 8, 8, 1)."""
+    import sklearn.datasets
+    import sklearn.model_selection
+
+    loaded = sklearn.datasets.load_digits()
+    x, test_x, y, test_y = sklearn.model_selection.train_test_split(
+        (loaded.images[..., None] / 16).astype("float32"),
+        loaded.target.astype("int32"),
+        test_size=497,
+        stratify=loaded.target,
+        random_state=_SEED,
+    )
+    return Data("digits of scikit-learn, 8 x 8", x, y, test_x, test_y)
+
+
+def fashion(place: str | os.PathLike) -> Data:
+    """Fashion-MNIST, (60000 and 10000, 28, 28, 1).
+
+    Args:
+        place: A folder that holds `vision/`, or `"tfds"`.
+
+    Raises:
+        FileNotFoundError: The folder lacks it.
+    """
+    keys = ("images", "labels")
+    if place == "tfds":
+        import tensorflow_datasets as tfds
+
+        parts = [
+            tfds.as_numpy(tfds.load("fashion_mnist", split=s, batch_size=-1))
+            for s in ("train", "test")
+        ]
+        arrays = [part[key[:-1]] for part in parts for key in keys]
+    else:
+        path = pathlib.Path(place) / "vision" / "fashion_mnist.npz"
+        with np.load(path) as file:
+            arrays = [file[f"{s}_{k}"] for s in ("train", "test") for k in keys]
+    x, y, test_x, test_y = arrays
+    x, test_x = (
+        a.reshape(-1, 28, 28, 1).astype("float32") / 255 for a in (x, test_x)
+    )
+    name = "Fashion-MNIST, 28 x 28"
+    return Data(name, x, y.astype("int32"), test_x, test_y.astype("int32"))

@@ -1,0 +1,59 @@
+"""Steps that every tutorial takes: train, measure, draw."""
+
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+# Fewer epochs and examples, so that a tutorial ends in under a minute.
+FAST = os.environ.get("FAST", "0") == "1"
+
+
+def train(
+    model: keras.Model,
+    x: Any,
+    y: np.ndarray,
+    learning_rate: float = 1e-3,
+    epochs: int = 10,
+    batch_size: int = 50,
+    **options,
+) -> dict[str, list[float]]:
+    """Compiles with Adam for integer labels, fits, returns the history.
+
+    Args:
+        model: A model whose outputs are logits (batch, classes).
+        x: What `fit` takes.
+        y: Integer labels (n,).
+        learning_rate: Of Adam.
+        epochs: How often it sees the data.
+        batch_size: Examples a step.
+        **options: More arguments of `fit`.
+    """
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    options = {"batch_size": batch_size, "epochs": epochs, **options}
+    return keras.Model.fit(model, x, y, verbose=0, **options).history
+
+
+def accuracy(model: keras.Model, x: Any, y: np.ndarray) -> float:
+    """Share of right answers of a model whose outputs are logits."""
+    logits = model.predict(x, batch_size=500, verbose=0)
+    return float(np.mean(logits.argmax(axis=-1) == y))
+
+
+def count(weights: Iterable[keras.Variable]) -> int:
+    """The number of scalars in some weights."""
+    return sum(int(np.prod(weight.shape)) for weight in weights)
+
+
+def show(figure, name: str) -> None:
+    """Saves a figure as `name.png` where KERAS_SPECTRAL_OUT says, or `out`."""
+    folder = pathlib.Path(os.environ.get("KERAS_SPECTRAL_OUT", "out"))
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=150)
