@@ -51,8 +51,9 @@ def reader(layers: int = 4) -> Pretrained:
     """A BERT encoder that reads digits as sentences of 16 words.
 
     Two by two pixels are a word, their mean grey, from 1 to 17; word 18
-    stands in front, as [CLS]. The encoder is a KerasHub classifier of ten classes, trained here
-    on digits for a few seconds. The `shifted` digits are turned by a quarter.
+    stands in front, as [CLS]. The encoder is a KerasHub classifier of ten
+    classes, trained here on digits for a few seconds. The `shifted` digits are
+    turned by a quarter.
 
     Args:
         layers: How many transformer blocks.
