@@ -1,12 +1,14 @@
 """GLUE data for the benchmark: examples, batches, scores."""
 
 import csv
-import os
 import pathlib
 
 import keras
 import keras_hub
 import numpy as np
+
+from keras_spectral.course.data import download
+from keras_spectral.course.data import source
 
 MAX_LENGTH = {"mrpc": 96, "rte": 128, "cola": 96, "sst2": 96}
 LENGTH_STEP = 16  # paddings of single batches, to compile few shapes
@@ -27,17 +29,8 @@ def read_tsv(folder: pathlib.Path, task: str, split: str) -> Rows:
 
 def read_tfds(task: str, split: str) -> Rows:
     """Reads the task from TensorFlow Datasets, which may download it."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            "No GLUE data: pass --data DIR or set KERAS_SPECTRAL_DATA to a "
-            f"directory whose folder text/ holds {task}.train.tsv and "
-            f"{task}.{EVALUATION_SPLIT[task]}.tsv, or "
-            "`pip install tensorflow-datasets` to download them."
-        ) from error
     split = "train" if split == "train" else "validation"
-    data = tfds.as_numpy(tfds.load(f"glue/{task}", split=split, batch_size=-1))
+    data = download(f"glue/{task}", split)
     labels = data["label"].astype("int32")
     if task == "rte":  # there 0 is entailment, in the TSV files 1 is
         labels = 1 - labels
@@ -52,12 +45,10 @@ def read_tfds(task: str, split: str) -> Rows:
 
 def read(given: str | None, task: str, split: str) -> Rows:
     """Reads one split from TSV files, or without any from the network."""
-    root = os.environ.get("KERAS_SPECTRAL_DATA")
-    if given:
-        return read_tsv(pathlib.Path(given), task, split)
-    if root:
-        return read_tsv(pathlib.Path(root, "text"), task, split)
-    return read_tfds(task, split)
+    place = pathlib.Path(given) if given else source()
+    if place in (None, "tfds"):
+        return read_tfds(task, split)
+    return read_tsv(place if given else place / "text", task, split)
 
 
 def encode(

@@ -69,11 +69,13 @@ def evaluate(
 
 
 class ShowProgress(keras.callbacks.Callback):
-    """Moves a rich progress bar on; scores and prints after each epoch."""
+    """Moves a rich progress bar on; scores and prints every `every` epochs."""
 
-    def __init__(self, epochs: int, total_steps: int, dev, show: Console):
+    def __init__(
+        self, epochs: int, total_steps: int, dev, every: int, show: Console
+    ):
         super().__init__()
-        self.dev = dev
+        self.epochs, self.dev, self.every = epochs, dev, every
         self.history: list[dict[str, float]] = []
         self.start = time.time()
         self.bar = Progress(
@@ -95,6 +97,8 @@ class ShowProgress(keras.callbacks.Callback):
         self.bar.update(self.task, advance=1, loss=float(logs["loss"]))
 
     def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every and epoch + 1 < self.epochs:
+            return
         result = {
             "epoch": epoch + 1,
             "loss": float(logs["loss"]),
@@ -152,7 +156,9 @@ def train(
         make_optimizer(args, total_steps),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    progress = ShowProgress(args.epochs, total_steps, dev, show)
+    progress = ShowProgress(
+        args.epochs, total_steps, dev, args.score_every, show
+    )
     callbacks = [progress]
     if args.optimizer == "ivon":
         callbacks.insert(0, ks.callbacks.MeanWeights())
@@ -257,6 +263,7 @@ def parse_args() -> argparse.Namespace:
     add("--interval", type=int, default=10, help="of AdaLoRA, steps")
     add("--epochs", type=int, default=5)
     add("--batch", type=int, default=32)
+    add("--score-every", type=int, default=1, help="epochs; and the last")
     add("--seed", type=int, default=0)
     add("--examples", type=int, help="train on that many, drawn by the seed")
     add("--length", type=int, help="longest input in tokens")

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import sys
 
 import jupytext
 import keras
@@ -105,3 +106,9 @@ def test_solutions_are_folded_in_notebooks(tmp_path, monkeypatch):
     assert not build.check(source)
     source.write_text(first + "# %%\nraise ValueError\n")
     assert not build.run(source, "torch")
+
+
+def test_download_says_what_it_takes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match="pip install tensorflow-datasets"):
+        course.fashion("tfds")

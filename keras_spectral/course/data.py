@@ -83,15 +83,11 @@ def fashion(place: str | os.PathLike) -> Data:
 
     Raises:
         FileNotFoundError: The folder lacks it.
+        ImportError: To download it takes tensorflow-datasets.
     """
     keys = ("images", "labels")
     if place == "tfds":
-        import tensorflow_datasets as tfds
-
-        parts = [
-            tfds.as_numpy(tfds.load("fashion_mnist", split=s, batch_size=-1))
-            for s in ("train", "test")
-        ]
+        parts = [download("fashion_mnist", s) for s in ("train", "test")]
         arrays = [part[key[:-1]] for part in parts for key in keys]
     else:
         path = pathlib.Path(place) / "vision" / "fashion_mnist.npz"
@@ -103,3 +99,20 @@ def fashion(place: str | os.PathLike) -> Data:
     )
     name = "Fashion-MNIST, 28 x 28"
     return Data(name, x, y.astype("int32"), test_x, test_y.astype("int32"))
+
+
+def download(name: str, split: str) -> dict[str, np.ndarray]:
+    """A split of a set of TensorFlow Datasets, by the names of its fields.
+
+    Raises:
+        ImportError: tensorflow-datasets is not installed.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"No data for '{name}' on this machine: set KERAS_SPECTRAL_DATA "
+            "to a folder that holds vision/ and text/, or "
+            "`pip install tensorflow-datasets` to download them."
+        ) from error
+    return tfds.as_numpy(tfds.load(name, split=split, batch_size=-1))
