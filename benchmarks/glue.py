@@ -204,6 +204,33 @@ def adapt(model: keras.Model, args: argparse.Namespace, show: Console) -> None:
     ks.adapter_summary(model, show)
 
 
+def search(
+    model: keras.Model,
+    data: tuple[Inputs, np.ndarray],
+    args: argparse.Namespace,
+    show: Console,
+) -> dict[str, Any]:
+    """Lets gumbel gates choose UniPELT's parts and goes on from those."""
+    inputs, labels = data
+    rng = np.random.default_rng(args.seed)
+    pool = rng.permutation(len(labels))[: args.examples]
+    batches = (
+        {name: value[pool] for name, value in inputs.items()},
+        labels[pool],
+    )
+    model.compile(
+        keras.optimizers.AdamW(args.lr),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    start = time.time()
+    parts = ks.search_parts(
+        model, batches, args.search_epochs, args.keep, **dict(args.option)
+    )
+    seconds = round(time.time() - start, 1)
+    ks.adapter_summary(model, show)
+    return {"parts": parts, "search_seconds": seconds}
+
+
 def gate_means(model: keras.Model, inputs: Inputs) -> dict[str, dict]:
     """Mean gates of each UniPELT block over the evaluation split."""
     blocks = {
@@ -264,6 +291,8 @@ def parse_args() -> argparse.Namespace:
     add("--epochs", type=int, default=5)
     add("--batch", type=int, default=32)
     add("--score-every", type=int, default=1, help="epochs; and the last")
+    add("--search-epochs", type=int, help="search UniPELT's parts first")
+    add("--keep", type=float, help="share of weights that the search keeps")
     add("--seed", type=int, default=0)
     add("--examples", type=int, help="train on that many, drawn by the seed")
     add("--length", type=int, help="longest input in tokens")
@@ -274,6 +303,8 @@ def parse_args() -> argparse.Namespace:
         help="batches of similar length, each padded to its own longest",
     )
     args = parser.parse_args()
+    if args.search_epochs and args.method != "unipelt":
+        parser.error("--search-epochs is for --method unipelt")
     args.lr = args.lr or (5e-5 if args.method == "full" else 1e-3)
     if args.alpha is None and args.method in ("lora", "conv_lora"):
         args.alpha = 16
@@ -297,7 +328,11 @@ def main() -> None:
     data = load("train")
     dev = load(EVALUATION_SPLIT[args.task])
     model = build_classifier()
-    adapt(model, args, show)
+    found = {}
+    if args.search_epochs:
+        found = search(model, data, args, show)
+    else:
+        adapt(model, args, show)
     trainable = {
         "backbone": count(model.backbone.trainable_variables),
         "head": count(model.output_dense.trainable_variables),
@@ -314,6 +349,7 @@ def main() -> None:
         **settings,
         "padded_length": data[0]["token_ids"].shape[1],
         "trainable": trainable,
+        **found,
         **{k: v for k, v in history[-1].items() if k != "epoch"},
         "history": history,
         **({"gates": gates} if gates else {}),

@@ -255,7 +255,7 @@ own = results[running]["losses"]  # (EPOCHS,)
 steps = np.arange(1, EPOCHS + 1)
 for width, (name, result) in zip((9, 5, 1.5), results.items()):
     left.plot(steps, result["losses"], c=COLORS[name], lw=width, label=name)
-    gap = np.maximum(np.abs(result["losses"] / own - 1), 1e-9)
+    gap = np.abs(result["losses"] / own - 1)
     if name != running:
         right.plot(steps, gap, "o-", ms=4, c=COLORS[name], label=name)
 left.legend(frameon=False)
@@ -263,8 +263,9 @@ left.set(title="Training loss, same start and batches", xlabel="epoch")
 left.set(ylabel="mean loss of the epoch", ylim=(0, None))
 right.legend(frameon=False)
 right.axhline(2**-24, c="#6b7280", ls="--", lw=1)
-right.text(1, 2**-24 * 1.3, "float32 rounding", color="#6b7280", fontsize=9)
-right.set(title=f"Distance to {running}", xlabel="epoch", yscale="log")
+right.text(EPOCHS, 2**-24 / 1.3, "float32 rounding", ha="right", va="top")
+right.set_yscale("symlog", linthresh=1e-8)  # shows 0 as well
+right.set(title=f"Distance to {running}", xlabel="epoch", ylim=(0, None))
 right.set(ylabel="relative difference of the loss")
 for axis in (left, right):
     axis.spines[["top", "right"]].set_visible(False)

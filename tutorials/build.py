@@ -69,7 +69,6 @@ def run(source, backend):
         extra = {
             "KERAS_BACKEND": backend,
             "KERAS_SPECTRAL_OUT": folder,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes longest
         }
         done = subprocess.run(
             [sys.executable, source],
