@@ -281,7 +281,8 @@ def predict_mean(model: keras.Model, x: Any, samples: int = 8) -> np.ndarray:
         The mean prediction. The model's weights are as before.
 
     Raises:
-        ValueError: The model has no built IVON optimizer; `samples` below 1.
+        ValueError: The model has no IVON optimizer that has trained its
+            weights as they are now; `samples` below 1.
 
     Example:
 
@@ -297,6 +298,13 @@ def predict_mean(model: keras.Model, x: Any, samples: int = 8) -> np.ndarray:
         raise ValueError(
             f"Model '{model.name}' is compiled with "
             f"{type(optimizer).__name__}. Expected IVON."
+        )
+    # JAX builds optimizers also where nothing is trained.
+    if not optimizer.built or not int(optimizer.iterations):
+        raise ValueError(
+            f"The IVON of model '{model.name}' has trained none of its weights "
+            "yet (layers that are exchanged, as by `compact_ranks`, begin "
+            "anew). Expected a model after `fit`."
         )
     if samples < 1:
         raise ValueError(f"Received samples={samples}. Expected at least 1.")

@@ -220,6 +220,16 @@ def test_predictions_are_averaged_over_samples():
         ks.optimizers.predict_mean(model, x)
 
 
+def test_predict_mean_refuses_a_posterior_that_saw_nothing():
+    model = _model()
+    x, y = _data()
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="trained none of its weights"):
+        ks.optimizers.predict_mean(model, x)
+    model.fit(x, y, verbose=0)
+    assert ks.optimizers.predict_mean(model, x).shape == (len(x), *y.shape[1:])
+
+
 def test_saves_and_restores_its_state(tmp_path):
     x, y = _data()
     model = _model()
