@@ -1,6 +1,7 @@
 """Singular triplets of many kernels: together, with progress, cached."""
 
 import hashlib
+import importlib.util
 import os
 import pathlib
 import time
@@ -105,7 +106,11 @@ class LateProgress:
     """A progress bar that shows only where work takes long."""
 
     def __init__(self, what, total):
-        self.bar = Progress(transient=True, console=Console(stderr=True))
+        console = Console(stderr=True)
+        self.bar = Progress(transient=True, console=console)
+        # In notebooks rich draws by ipywidgets, and without them it warns.
+        widgets = importlib.util.find_spec("ipywidgets") is not None
+        self.can_show = widgets or not console.is_jupyter
         self.task = self.bar.add_task(what, total=total)
         self.start = time.monotonic()
 
@@ -115,7 +120,7 @@ class LateProgress:
     def advance(self, count):
         self.bar.advance(self.task, count)
         late = time.monotonic() - self.start > _SHOW_AFTER
-        if late and not self.bar.live.is_started:
+        if late and self.can_show and not self.bar.live.is_started:
             self.bar.start()
 
     def __exit__(self, *error):

@@ -1,5 +1,8 @@
+import functools
+
 import keras
 import numpy as np
+import rich.console
 from keras import ops
 
 import keras_spectral as ks
@@ -98,3 +101,15 @@ def test_progress_bar_shows_on_long_work_only(monkeypatch):
     monkeypatch.setattr(spectra, "_SHOW_AFTER", -1.0)
     spectra.factorize(requests)
     assert started
+
+
+def test_progress_bar_keeps_quiet_in_a_notebook_without_widgets(monkeypatch):
+    monkeypatch.setattr(spectra, "_SHOW_AFTER", -1.0)
+    monkeypatch.setattr(spectra.importlib.util, "find_spec", lambda name: None)
+    for notebook in (False, True):
+        options = {"quiet": True, "force_jupyter": notebook}
+        made = functools.partial(rich.console.Console, **options)
+        monkeypatch.setattr(spectra, "Console", made)
+        with spectra.LateProgress("work", 2) as progress:
+            progress.advance(1)
+            assert progress.bar.live.is_started != notebook

@@ -159,8 +159,8 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
 for l1, (_, active, _, _) in runs.items():
     left.plot(range(1, EPOCHS + 1), active, label=f"l1 = {l1:g}")
 left.set(title="Gates in use while training", xlabel="epoch")
-left.set(ylabel=f"gates of {2 * K} with |g| > 0.01", ylim=0)
-left.legend(frameon=False, fontsize=9, ncols=2)
+left.set(ylabel=f"gates of {2 * K} with |g| > 0.01", ylim=(0, 2.6 * K))
+left.legend(frameon=False, fontsize=9, ncols=3, loc="upper right")
 for l1, color, width in ((0, GREY, 0.9), (1e-2, BLUE, 0.5)):
     gates = keras.ops.convert_to_numpy(runs[l1][0].get_layer("hidden1").gates)
     right.bar(range(K), gates, width, color=color, label=f"l1 = {l1:g}")

@@ -17,9 +17,9 @@
 #
 # - what min-norm regression picks, aliasing, and the spike of double descent,
 # - MAML: training *through* the fit to a task, here with a closed-form fit,
-# - how LoRA serves as the inner loop of a network that has seen many tasks.
+# - LoRA as the inner loop of a network, and where that is fragile.
 #
-# Under a minute on a laptop. The backend is changed in one line.
+# About a minute on a laptop. The backend is changed in one line.
 
 # %%
 import os
@@ -88,7 +88,6 @@ class MinNormFit(keras.layers.Layer):
 # %%
 grid = np.linspace(-np.pi, np.pi, 401, dtype="float32")
 regular = grid[:-1:25]  # (16,)
-assert np.allclose(np.sin(regular), -np.sin(15 * regular), atol=1e-4)
 
 
 def read(power, values):
@@ -100,8 +99,7 @@ def read(power, values):
 
 aliased, recovered = (read(power, np.sin(regular)) for power in (0, 2))
 for j in (1, -15, 17, -31, 33):  # sin x and its aliases: a fifth for each
-    share = 2 * np.mean(aliased[:-1] * np.sin(j * grid[:-1]))
-    assert abs(share - 0.2) < 1e-3
+    assert abs(2 * np.mean((aliased * np.sin(j * grid))[:-1]) - 0.2) < 1e-3
 assert np.abs(recovered - np.sin(grid)).max() < 0.01
 
 # %% [markdown]
@@ -161,11 +159,10 @@ fit, inputs = MinNormFit(20), [keras.Input((n,)) for n in (10, 10, 30)]
 model = keras.Model(inputs, fit(*inputs))
 assert course.count(model.trainable_weights) == 41
 model.compile(keras.optimizers.Adam(0.02), "mse")
-tasks, answers = curves(1000)
-new_tasks, new_answers = curves(300)
-before = model.evaluate(new_tasks, new_answers, verbose=0)
-model.fit(tasks, answers, batch_size=50, epochs=10, verbose=0)
-after = model.evaluate(new_tasks, new_answers, verbose=0)
+test = curves(300)
+before = model.evaluate(*test, verbose=0)
+model.fit(*curves(1000), batch_size=50, epochs=10, verbose=0)
+after = model.evaluate(*test, verbose=0)
 print(f"error on new tasks: {before:.3f} -> {after:.4f}")
 power = ops.convert_to_numpy(fit.w) ** 2  # (41,)
 assert power[hidden].sum() > 0.8 * power.sum() and after < before / 10
@@ -178,7 +175,7 @@ assert power[hidden].sum() > 0.8 * power.sum() and after < before / 10
 # A network has no closed form, but the idea works: learn what tasks have in
 # common, then change little. Tasks are now $y = a \sin(x + p)$. A network of a
 # hundred outputs learns a hundred at once; a rival learns one. Each meets new
-# sines at 10 points. Rates come from four separate validation tasks.
+# sines at 10 points. Rates come from eight separate validation tasks.
 
 
 # %%
@@ -188,7 +185,7 @@ def network(outputs):
     return keras.Sequential([keras.Input((1,)), *hidden, head])
 
 
-amplitudes, phases = rng.uniform(0.5, 2, 120), rng.uniform(0, 2 * np.pi, 120)
+amplitudes, phases = rng.uniform(0.5, 2, 120), rng.uniform(0, 6.28, 120)
 wave_x = np.linspace(-4, 4, 200, dtype="float32")[:, None]  # (200, 1)
 waves = (amplitudes * np.sin(wave_x + phases)).astype("float32")  # (200, 120)
 
@@ -204,15 +201,15 @@ def pretrained(tasks):  # a body, with the head of the first task
 
 
 CHECKS = (0, 5, 10, 20, 30)  # after so many steps we look
-VALIDATION, TEST = range(100, 104), range(104, 108 if course.FAST else 116)
+VALIDATION, TEST = range(100, 108), range(108, 120)  # tasks
 
 
-def adapt(model, learning_rate, tasks):  # the mean errors at CHECKS
+def adapt(model, learning_rate, tasks):  # median errors at CHECKS
     start, errors = model.get_weights(), []
     for task in tasks:
         model.set_weights(start)
         for variable in model.optimizer.variables:
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(0 * ops.convert_to_tensor(variable))
         model.optimizer.learning_rate = learning_rate
         chosen = np.random.default_rng(task).permutation(200)[:10]
         x, y = wave_x[chosen], waves[chosen, task : task + 1]  # (10, 1)
@@ -223,7 +220,7 @@ def adapt(model, learning_rate, tasks):  # the mean errors at CHECKS
                 errors[-1].append(np.mean((curve - waves[:, task]) ** 2))
             model.train_on_batch(x, y)
     model.set_weights(start)
-    return np.mean(errors, axis=0)
+    return np.median(errors, axis=0)
 
 
 runs = {}  # name: (trained weights, test errors at CHECKS)
@@ -243,14 +240,15 @@ for name, model in (
     runs[name] = (course.count(model.trainable_weights), errors)
     print(f"{name:28}  {runs[name][0]:5,}  {rate:g}", errors.round(3))
 
-scratch, single, full, lora = runs.values()
+scratch, _, full, lora = runs.values()
 assert lora[0] == (1 + 64) + (64 + 64) + (64 + 1) and full[0] == 4353
-assert lora[1][-1] < 0.9 * min(scratch[1][-1], single[1][-1], lora[1][0] / 3)
+assert full[1][-1] < 0.7 * scratch[1][-1] and lora[1][-1] < lora[1][0] / 3
 
 # %% [markdown]
-# A row: trained weights, rate, and test errors after 0, 5, 10, 20 and 30 steps.
-# What counts is the start: the same 258 weights on a body that has seen one
-# sine are behind, and so is a network from scratch.
+# A row: weights, rate, median test errors after 0, 5, 10, 20 and 30 steps.
+# With all weights, the start with many sines beats the one from scratch. LoRA
+# removes most of its error with 258 weights, 6 % of the network, but its place
+# among the rivals changed with the draw of tasks and the rate when we tried.
 
 # %%
 BLUE, RED, GREY, GREEN = "#2563eb", "#dc2626", "#6b7280", "#059669"
@@ -262,7 +260,7 @@ alias.plot(regular, np.sin(regular), "ko", ms=5, label="16 points")
 alias.set(title="Aliasing", xlabel="x", ylabel="f(x)", ylim=(-1.1, 1.9))
 spikes.loglog(sizes, equal, "o-", ms=4, c=RED, label="equal weights")
 spikes.loglog(sizes, decaying, "o-", ms=4, c=BLUE, label="weights 1/k")
-spikes.axvline(20, c=GREY, ls="--", lw=1, label="number of points")
+spikes.axvline(20, c=GREY, ls="--", label="number of points")
 spikes.set(title="Double descent", xlabel="features d", ylabel="test error")
 for (name, run), color in zip(runs.items(), (GREY, RED, GREEN, BLUE)):
     adapting.semilogy(CHECKS, run[1], "o-", ms=4, c=color, label=name)
@@ -298,5 +296,5 @@ assert np.abs(curve + np.sin(3 * grid)).max() < 0.15  # -sin 3x: 13 = 16 - 3
 # ## Further reading
 #
 # - Finn et al., *MAML*, arXiv 1703.03400: sines are its first example.
-# - Muthukumar et al., *Harmless interpolation*, arXiv 1903.09139: aliases.
+# - Muthukumar et al., *Harmless interpolation*, arXiv 1903.09139.
 # - Hu et al., *LoRA*, arXiv 2106.09685: the second half's inner loop.

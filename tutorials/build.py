@@ -101,10 +101,12 @@ def build(source):
             cell.outputs = [
                 x for x in cell.outputs if x.get("name") != "stderr"
             ]
-            if MACHINE_PATH.search(json.dumps(cell.outputs)):
+            shown = json.dumps(cell.outputs)
+            if found := MACHINE_PATH.search(shown):
+                around = shown[max(0, found.start() - 60) : found.end() + 60]
                 raise ValueError(
                     f"{source.name}: an output of cell {number} names a "
-                    "machine path. Print something else."
+                    f"machine path: ...{around}... Print something else."
                 )
     versions = built_with()
     text = ", ".join(f"{name} {value}" for name, value in versions.items())

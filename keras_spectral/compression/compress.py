@@ -1,5 +1,6 @@
 """A smaller copy of a model: every kernel as a pair of thin ones."""
 
+import contextlib
 import re
 import time
 
@@ -149,7 +150,8 @@ def low_rank_layer(view: KernelView, a, b) -> LowRank:
     base = view.layer
     down, up = view.thin_layers(a.shape[-1], a.shape[0])
     layer = LowRank(down, up, name=base.name, dtype=base.dtype_policy)
-    layer.build(base.get_build_config()["input_shape"])
+    with _zero_start(down, up):
+        layer.build(base.get_build_config()["input_shape"])
     a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
     grouped = b.shape[-1] < view.n_out
     stacked = b.reshape(-1, view.n_out)
@@ -159,6 +161,25 @@ def low_rank_layer(view: KernelView, a, b) -> LowRank:
     if bias is not None:
         up.bias.assign(bias)
     return layer
+
+
+@contextlib.contextmanager
+def _zero_start(*layers):
+    """Layers built within it draw no random weights, only to be overwritten:
+    JAX compiles that draw anew for each shape, half a second a time."""
+    drawn = [
+        (layer, name, value)
+        for layer in layers
+        for name, value in vars(layer).items()
+        if name.endswith("_initializer")
+    ]
+    for layer, name, _ in drawn:
+        setattr(layer, name, keras.initializers.Zeros())
+    try:
+        yield
+    finally:
+        for layer, name, value in drawn:
+            setattr(layer, name, value)
 
 
 def _block_diagonal(blocks):

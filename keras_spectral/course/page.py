@@ -10,11 +10,6 @@ import numpy as np
 
 # Fewer epochs and examples, so that a tutorial ends in under a minute.
 FAST = os.environ.get("FAST", "0") == "1"
-if FAST and keras.backend.backend() == "jax":
-    import jax
-
-    # Compiling takes longer than running there.
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def train(

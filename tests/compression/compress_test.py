@@ -415,3 +415,11 @@ def test_distillation_from_the_original():
     for old, new in zip(weights, _snapshot(model)):
         np.testing.assert_array_equal(old, new)
     assert before < 0.7 and agreement() > before + 0.2
+
+
+def test_pairs_keep_their_initializers():
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16)])
+    small = ks.compress_model(model, 0.5)
+    for half in (small.layers[0].down, small.layers[0].up):
+        initializer = half.kernel_initializer
+        assert isinstance(initializer, keras.initializers.GlorotUniform)
