@@ -77,7 +77,7 @@ original = new_model()
 course.train(original, x, data.y, 3e-3, 8 if course.FAST else 15)
 before = course.accuracy(original, *test)
 print(f"{original.count_params():,} weights, {before:.1%} right")
-assert before > 0.8
+assert before > 0.7
 
 # %% [markdown]
 # ## The layer
