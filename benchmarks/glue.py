@@ -129,6 +129,14 @@ def make_optimizer(
     )
 
 
+def draw(
+    labels: np.ndarray, args: argparse.Namespace
+) -> tuple[np.random.Generator, np.ndarray]:
+    """The seeded generator and the rows of the examples to train on."""
+    rng = np.random.default_rng(args.seed)
+    return rng, rng.permutation(len(labels))[: args.examples]
+
+
 def train(
     model: keras.Model,
     data: tuple[Inputs, np.ndarray],
@@ -142,8 +150,7 @@ def train(
     and the peer see the same batches.
     """
     inputs, labels = data
-    rng = np.random.default_rng(args.seed)
-    pool = rng.permutation(len(labels))[: args.examples]
+    rng, pool = draw(labels, args)
     total_steps = args.epochs * -(-len(pool) // args.batch)
     plan = []
     for _ in range(args.epochs):
@@ -193,15 +200,20 @@ def adapt(model: keras.Model, args: argparse.Namespace, show: Console) -> None:
         for layer in model.backbone.layers:
             layer.trainable = layer is model.backbone.pooled_dense
         return
+    options = method_options(args)
+    ks.wrap_model(model, args.method, target=args.target, **options)
+    ks.adapter_summary(model, show)
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command says about the method's own options."""
     numbers = {
         "rank": args.rank,
         "alpha": args.alpha,
         "dropout": args.dropout,
     }
     given = {name: value for name, value in numbers.items() if value}
-    options = {**given, **dict(args.option)}
-    ks.wrap_model(model, args.method, target=args.target, **options)
-    ks.adapter_summary(model, show)
+    return {**given, **dict(args.option)}
 
 
 def search(
@@ -212,8 +224,7 @@ def search(
 ) -> dict[str, Any]:
     """Lets gumbel gates choose UniPELT's parts and goes on from those."""
     inputs, labels = data
-    rng = np.random.default_rng(args.seed)
-    pool = rng.permutation(len(labels))[: args.examples]
+    _, pool = draw(labels, args)
     batches = (
         {name: value[pool] for name, value in inputs.items()},
         labels[pool],
@@ -224,7 +235,12 @@ def search(
     )
     start = time.time()
     parts = ks.search_parts(
-        model, batches, args.search_epochs, args.keep, **dict(args.option)
+        model,
+        batches,
+        args.search_epochs,
+        args.keep,
+        target=args.target,
+        **method_options(args),
     )
     seconds = round(time.time() - start, 1)
     ks.adapter_summary(model, show)
@@ -305,6 +321,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.search_epochs and args.method != "unipelt":
         parser.error("--search-epochs is for --method unipelt")
+    if args.keep and not args.search_epochs:
+        parser.error("--keep needs --search-epochs")
+    if args.score_every < 1:
+        parser.error(f"--score-every {args.score_every}: expected 1 or more")
     args.lr = args.lr or (5e-5 if args.method == "full" else 1e-3)
     if args.alpha is None and args.method in ("lora", "conv_lora"):
         args.alpha = 16

@@ -1,9 +1,11 @@
 """What the tutorials share, and the tool that builds them."""
 
 import importlib.util
+import logging
 import os
 import pathlib
 import sys
+import warnings
 
 import jupytext
 import keras
@@ -85,6 +87,22 @@ def test_digits_as_sentences():
     assert set(words["token_ids"][:, 0]) == {18}
     assert words["token_ids"][:, 1:].min() >= 1
     assert words["token_ids"][:, 1:].max() <= 17
+
+
+def test_quiet_silences_two_warnings_only():
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            course.quiet()
+            warnings.warn("`shuffle=True` was passed, but")
+            warnings.warn("something else")
+        assert [str(each.message) for each in seen] == ["something else"]
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+    finally:
+        logger.setLevel(level)
 
 
 def test_solutions_are_folded_in_notebooks(tmp_path, monkeypatch):

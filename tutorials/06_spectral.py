@@ -29,7 +29,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import logging
 import pathlib
 import tempfile
 
@@ -42,9 +41,7 @@ import rich.table
 import keras_spectral as ks
 from keras_spectral import course
 
-# Every adapted model is traced anew, and TensorFlow wonders why.
-logging.getLogger("tensorflow").setLevel(logging.ERROR)
-
+course.quiet()
 console = rich.console.Console(width=90)
 keras.utils.set_random_seed(7)
 data = course.images(train=2000, test=500)

@@ -23,7 +23,6 @@
 # About half a minute on a laptop. The backend is changed in one line.
 
 # %%
-import logging
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
@@ -39,8 +38,7 @@ import rich.table
 import keras_spectral as ks
 from keras_spectral import course
 
-# Every adapted model is traced anew, and TensorFlow wonders why.
-logging.getLogger("tensorflow").setLevel(logging.ERROR)
+course.quiet()
 plt.rcParams["figure.constrained_layout.use"] = True
 console = rich.console.Console(width=90)
 keras.utils.set_random_seed(7)

@@ -29,9 +29,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import logging
-import warnings
-
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,10 +38,7 @@ import rich.table
 import keras_spectral as ks
 from keras_spectral import course
 
-# KerasHub feeds batches in the order of the data, which is shuffled already.
-warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
-# Every adapted model is traced anew, and TensorFlow wonders why.
-logging.getLogger("tensorflow").setLevel(logging.ERROR)
+course.quiet()
 console = rich.console.Console(width=90)
 keras.utils.set_random_seed(7)
 print("backend:", keras.backend.backend())

@@ -13,6 +13,7 @@ from keras_spectral.course.models import vision
 from keras_spectral.course.page import FAST
 from keras_spectral.course.page import accuracy
 from keras_spectral.course.page import count
+from keras_spectral.course.page import quiet
 from keras_spectral.course.page import show
 from keras_spectral.course.page import train
 
@@ -25,6 +26,7 @@ __all__ = [
     "digits",
     "fashion",
     "images",
+    "quiet",
     "reader",
     "show",
     "train",

@@ -1,7 +1,9 @@
 """Steps that every tutorial takes: train, measure, draw."""
 
+import logging
 import os
 import pathlib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +12,16 @@ import numpy as np
 
 # Fewer epochs and examples, so that a tutorial ends in under a minute.
 FAST = os.environ.get("FAST", "0") == "1"
+
+
+def quiet() -> None:
+    """Silences two warnings that say nothing about a tutorial's code.
+
+    TensorFlow asks why so many models are traced: each adapted model is a new
+    one. KerasHub asks for data in random order: here it is shuffled already.
+    """
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
 
 
 def train(

@@ -417,6 +417,25 @@ def test_distillation_from_the_original():
     assert before < 0.7 and agreement() > before + 0.2
 
 
+@pytest.mark.parametrize("kind", ["dense", "conv2d"])
+def test_a_pair_draws_no_random_weights(kind, monkeypatch):
+    x = keras.random.uniform((2, 8, 8, 6))
+    layer = {
+        "dense": keras.layers.Dense(12),
+        "conv2d": keras.layers.Conv2D(12, 3),
+    }[kind]
+    layer(x)
+    factors = _pair(kernel_view(layer), 4)
+
+    def draw(*args, **kwargs):
+        raise AssertionError("random weights")
+
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", draw)
+    with pytest.raises(AssertionError, match="random weights"):
+        keras.layers.Dense(3).build((None, 2))
+    low_rank_layer(kernel_view(layer), *factors)
+
+
 def test_pairs_keep_their_initializers():
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16)])
     small = ks.compress_model(model, 0.5)
