@@ -138,8 +138,10 @@ assert np.isclose(error, s[rank], rtol=1e-4)
 # %%
 METHODS = ("uniform", "energy", "global", "alds")
 ratios = (0.1, 0.25, 0.5, 0.75)
+# The share to win back below. ResNet20 on photographs has less to spare.
+removed = 0.5 if "digits" in data.name else 0.25
 if course.FAST:
-    METHODS, ratios = ("energy", "alds"), (0.5,)
+    METHODS, ratios = ("energy", "alds"), (removed,)
 table = rich.table.Table(title="Test accuracy, compressed but not trained")
 table.add_column("removed")
 for method in METHODS:
@@ -154,8 +156,8 @@ for ratio in ratios:
     table.add_row(f"{ratio:.0%}", *cells)
 console.print(table)
 for ratio in ratios:
-    best = max(found[ratio, method] for method in METHODS)
-    assert found[ratio, "alds"] > best - 0.1 or ratio > 0.5
+    highest = max(found[ratio, method] for method in METHODS)
+    assert found[ratio, "alds"] > highest - 0.1 or ratio > 0.5
 assert course.accuracy(model, *test) == whole
 
 # %% [markdown]
@@ -165,39 +167,44 @@ assert course.accuracy(model, *test) == whole
 # happened to each layer:
 
 # %%
-small = models[0.5, "energy"]
+small = models[removed, "energy"]
 report = ks.compression_report(small, console)
 before, after = report.weights
 assert (before, after) == (model.count_params(), small.count_params())
-assert after < 0.55 * before
+assert after < (1.05 - removed) * before
 
 # %% [markdown]
 # ## Winning it back
 #
-# Half of the weights are gone, and much of the accuracy. Two ways back: train
-# the thin factors themselves (`recover="train"`), or freeze them and let a
-# LoRA restore what was lost (`recover="lora"`); it takes over some of the
-# rank, so that the model has the same size, and `finalize_transfer` joins
-# the two pairs into one.
+# Half of the weights are gone (a quarter on photographs), and much of the
+# accuracy. Two ways back: train the thin factors themselves
+# (`recover="train"`), or freeze them and let a LoRA restore what was lost
+# (`recover="lora"`). The LoRA takes over 4 of each layer's ranks, so that the
+# model has the same size but begins lower, and `finalize_transfer` joins the
+# two pairs into one. Factors that hold what was learnt need small steps, a
+# LoRA that starts from nothing needs larger ones.
 
 # %%
 epochs = 4 if course.FAST else 8
-results = {"whole": whole, "cut": found[0.5, "energy"]}
-recovered = {}
-for way in ("train", "lora"):
+results = {}
+for way, learning_rate in (("train", 5e-4), ("lora", 2e-3)):
     candidate = ks.compress_model(
-        model, 0.5, method="energy", recover=way, recover_rank=4
+        model, removed, method="energy", recover=way, recover_rank=4
     )
     trained = course.count(candidate.trainable_weights)
-    course.train(candidate, data.x, data.y, 2e-3, epochs)
+    begin = course.accuracy(candidate, *test)
+    course.train(candidate, data.x, data.y, learning_rate, epochs)
     if way == "lora":
         ks.finalize_transfer(candidate)
     results[way] = course.accuracy(candidate, *test)
-    recovered[way] = candidate
-    print(f"{way:5}: {trained:,} weights trained, {results[way]:.1%} right")
+    print(
+        f"{way:5}: {trained:,} weights trained, "
+        f"{begin:.1%} before, {results[way]:.1%} after"
+    )
     assert candidate.count_params() <= small.count_params() * 1.02
-assert results["train"] > results["cut"] - 0.01
-assert results["lora"] > results["cut"] - 0.01
+    assert results[way] > begin + 0.05
+    if way == "train":
+        best = candidate
 assert results["train"] > whole - 0.12
 
 # %% [markdown]
@@ -229,10 +236,8 @@ for ratio in ratios:
     right = found[ratio, "energy"]
     size, time_taken = candidate.count_params(), milliseconds(candidate)
     points.append((f"{ratio:.0%} cut", size, right, time_taken))
-best = recovered["train"]
-points.append(
-    ("50% trained", best.count_params(), results["train"], milliseconds(best))
-)
+trained = (best.count_params(), results["train"], milliseconds(best))
+points.append((f"{removed:.0%} cut, trained", *trained))
 
 figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
 names, sizes, accuracies, times = zip(*points)
@@ -274,11 +279,10 @@ with tempfile.TemporaryDirectory() as folder:
     files = []
     for name, candidate in (("whole", model), ("small", best)):
         file = pathlib.Path(folder) / f"{name}.keras"
-        plain = keras.models.clone_model(candidate)  # without an optimizer
-        plain.set_weights(candidate.get_weights())
-        plain.save(file)
+        candidate.compile()  # a new optimizer, that has nothing to save
+        candidate.save(file)
         files.append(file.stat().st_size)
-    again = keras.saving.load_model(file)
+    again = keras.saving.load_model(file, compile=False)
     print("KiB:", [round(size / 1024) for size in files])
 logits, same = (
     m.predict(data.test_x, batch_size=500, verbose=0) for m in (best, again)
@@ -291,8 +295,8 @@ assert gap < 1e-4
 # ## Exercises
 #
 # 1. Choose ranks by `max_error=0.7` instead of a share. How much goes?
-# 2. Spare the first and the last layer (`keep_ends=True`) at 50 %. Is the
-#    model more accurate, and what does that cost the layers between?
+# 2. Spare the first and the last layer (`keep_ends=True`) at the same share.
+#    Is the model more accurate, and what does that cost the layers between?
 
 # %% [markdown]
 # ### Solution 1
@@ -307,10 +311,11 @@ assert max(layer.error for layer in report.layers) <= 0.7 + 1e-4
 # ### Solution 2
 
 # %% tags=["solution"]
-spared = ks.compress_model(model, 0.5, method="energy", keep_ends=True)
+spared = ks.compress_model(model, removed, method="energy", keep_ends=True)
 ends = [layer.path for layer in ks.compression_report(small, quiet).layers]
 between = [layer.path for layer in ks.compression_report(spared, quiet).layers]
-print(f"{course.accuracy(spared, *test):.1%} against {results['cut']:.1%}")
+cut = found[removed, "energy"]
+print(f"{course.accuracy(spared, *test):.1%} against {cut:.1%}")
 assert set(ends) - set(between) == {ends[0], ends[-1]}
 
 # %% [markdown]

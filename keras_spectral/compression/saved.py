@@ -24,7 +24,7 @@ def copy_model(model: keras.Model) -> keras.Model:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "model.keras")
         try:
-            model.save(path, include_optimizer=False)
+            model.save(path)
             return keras.saving.load_model(
                 path,
                 custom_objects={kind.__name__: kind for kind in classes},
