@@ -49,7 +49,7 @@ warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
 FAST = os.environ.get("FAST", "0") == "1"
 OUT = pathlib.Path(os.environ.get("KERAS_SPECTRAL_OUT", "out"))
 OUT.mkdir(parents=True, exist_ok=True)
-console = rich.console.Console(width=110)
+console = rich.console.Console(width=96)
 keras.utils.set_random_seed(7)
 print("backend:", keras.backend.backend())
 

@@ -45,7 +45,7 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral import course
 
-console = rich.console.Console(width=110)
+console = rich.console.Console(width=96)
 quiet = rich.console.Console(quiet=True)
 keras.utils.set_random_seed(7)
 model, data, _ = course.vision(test=500)

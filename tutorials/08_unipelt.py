@@ -266,7 +266,6 @@ for parts in ks.collect_gates(model, test_x).values():
     assert sorted(parts) == ["adapter", "lora", "prefix"]
     assert np.allclose(sum(parts.values()), 1, atol=1e-5)
     assert np.allclose(parts["lora"], 1 / 3)
-ks.unwrap_model(model)
 
 # %% [markdown]
 # ### Solution 2
@@ -274,6 +273,7 @@ ks.unwrap_model(model)
 # The work is the numbers that each token is multiplied by, without biases.
 
 # %% tags=["solution"]
+ks.unwrap_model(model)
 model.compile(
     keras.optimizers.Adam(1e-2),
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
