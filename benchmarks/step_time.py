@@ -22,6 +22,8 @@ from rich.table import Table
 VARIANTS = (
     "frozen",
     "lora",
+    "lora_ivon",
+    "adalora",
     "spectral",
     "gated_spectral",
     "gated_rebuilt",
@@ -92,7 +94,9 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
 
     What trains: `frozen`, the bias of the first wrapped layer, so that the
     backward pass still runs through the whole model; `lora` and
-    `enable_lora`, the two factors of every wrapped layer; `spectral` and
+    `enable_lora`, the two factors of every wrapped layer; `lora_ivon`, the
+    same by IVON; `adalora`, its triplets, under a `RankBudget` that never
+    ends; `spectral` and
     `gated_spectral`, those adapters' weights; `gated_rebuilt`, the same gates
     in a prototype that rebuilds every kernel in every call; those of
     `BLOCKS`, the adapters' weights; `full`, everything. A task head trains in
@@ -120,17 +124,34 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
         import keras_spectral as ks
 
         target = "attention" if case == "minilm" else keras.layers.Dense
-        options = {"rank": RANK} | (
-            {"alpha": RANK} if variant == "lora" else {}
-        )
-        ks.wrap_model(model, variant, target=target, trainable=[], **options)
+        method = variant.removesuffix("_ivon")
+        options = {"rank": RANK} | ({"alpha": RANK} if method == "lora" else {})
+        ks.wrap_model(model, method, target=target, trainable=[], **options)
     loss = (
         keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if case == "minilm"
         else keras.losses.MeanSquaredError()
     )
-    model.compile(keras.optimizers.AdamW(1e-3), loss)
+    model.compile(make_optimizer(variant), loss)
+    if variant == "adalora":
+        import keras_spectral as ks
+
+        # By hand, once: within `fit` it would compile the step each time.
+        budget = ks.callbacks.RankBudget(RANK / 2, warmup=0, total_steps=10**6)
+        budget.set_model(model)
+        budget.on_train_begin()
     return model, inputs, targets
+
+
+def make_optimizer(variant: str) -> Any:
+    """IVON for the variants that end so, else AdamW."""
+    import keras
+
+    if not variant.endswith("_ivon"):
+        return keras.optimizers.AdamW(1e-3)
+    import keras_spectral as ks
+
+    return ks.optimizers.IVON(1e-3, ess=1e6)
 
 
 def rebuilt_model(model: Any) -> Any:
@@ -253,9 +274,10 @@ def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
         peers.append(run_peer(args))
     rows = {}
     for name in args.variants:
-        memory = run(
-            [*worker, "--variants", name, "--worker", "memory"], backend
-        )
+        memory = {}
+        if not args.predict:
+            alone = ["--variants", name, "--worker", "memory"]
+            memory = run([*worker, *alone], backend)
         times = timed["milliseconds"][name]
         rows[name] = {
             "ms": statistics.median(times),
