@@ -161,10 +161,10 @@ for ratio in ratios:
 assert course.accuracy(model, *test) == whole
 
 # %% [markdown]
-# The methods agree while little is removed and part where it hurts. Where
-# only a small share of weights goes, the layers that matter most should give
-# none of it, and a rule that takes from all alike is worst. Here is what
-# happened to each layer:
+# While little is removed, the rules that look at singular values lose next to
+# nothing. The one that takes the same share from every layer loses at once:
+# the layers that matter most should give none of it. The more goes, the
+# further the rules part. Here is what happened to each layer:
 
 # %%
 small = models[removed, "energy"]
@@ -271,8 +271,8 @@ assert list(sizes[:-1]) == sorted(sizes[:-1], reverse=True)
 # ## Saving it
 #
 # The small model is plain Keras but for `LowRank` layers, which Keras knows
-# once `keras_spectral.compression` is imported. The file is smaller by as
-# much as the model.
+# once `keras_spectral.compression` is imported. The file shrinks with the
+# model.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
