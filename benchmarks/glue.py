@@ -120,6 +120,7 @@ def make_optimizer(
             rate,
             ess=args.ess,
             hess_init=args.hess_init,
+            beta_2=args.beta_2,
             weight_decay=args.ivon_decay,
             global_clipnorm=1.0,
             seed=args.seed,
@@ -301,6 +302,7 @@ def parse_args() -> argparse.Namespace:
     add("--ess", type=float, default=1e6, help="IVON")
     add("--hess-init", type=float, default=1e-3, help="IVON")
     add("--ivon-decay", type=float, default=1e-5, help="IVON's weight decay")
+    add("--beta-2", type=float, default=0.99999, help="IVON")
     add("--criterion", default="sensitivity", help="of AdaLoRA")
     add("--target-rank", type=float, default=2, help="of AdaLoRA, a layer")
     add("--interval", type=int, default=10, help="of AdaLoRA, steps")
