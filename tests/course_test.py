@@ -96,8 +96,8 @@ def test_quiet_silences_two_warnings_only():
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             course.quiet()
-            warnings.warn("`shuffle=True` was passed, but")
-            warnings.warn("something else")
+            warnings.warn("`shuffle=True` was passed, but", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
         assert [str(each.message) for each in seen] == ["something else"]
         assert not logger.isEnabledFor(logging.WARNING)
         assert logger.isEnabledFor(logging.ERROR)
