@@ -141,7 +141,7 @@ ratios = (0.1, 0.25, 0.5, 0.75)
 # The share to win back below. ResNet20 on photographs has less to spare.
 removed = 0.5 if "digits" in data.name else 0.25
 if course.FAST:
-    METHODS, ratios = ("energy", "alds"), (removed,)
+    METHODS, ratios = ("energy", "global"), (removed,)
 table = rich.table.Table(title="Test accuracy, compressed but not trained")
 table.add_column("removed")
 for method in METHODS:
@@ -155,7 +155,7 @@ for ratio in ratios:
     cells = [f"{found[ratio, method]:.1%}" for method in METHODS]
     table.add_row(f"{ratio:.0%}", *cells)
 console.print(table)
-for ratio in ratios:
+for ratio in ratios if "alds" in METHODS else ():
     highest = max(found[ratio, method] for method in METHODS)
     assert found[ratio, "alds"] > highest - 0.1 or ratio > 0.5
 assert course.accuracy(model, *test) == whole
@@ -192,7 +192,9 @@ for way, learning_rate in (("train", 5e-4), ("lora", 2e-3)):
         model, removed, method="energy", recover=way, recover_rank=4
     )
     trained = course.count(candidate.trainable_weights)
-    begin = course.accuracy(candidate, *test)
+    begin = found[removed, "energy"]
+    if way == "lora":
+        begin = course.accuracy(candidate, *test)
     course.train(candidate, data.x, data.y, learning_rate, epochs)
     if way == "lora":
         ks.finalize_transfer(candidate)
@@ -275,6 +277,7 @@ assert list(sizes[:-1]) == sorted(sizes[:-1], reverse=True)
 # model.
 
 # %%
+logits = best.predict(data.test_x, batch_size=500, verbose=0)
 with tempfile.TemporaryDirectory() as folder:
     files = []
     for name, candidate in (("whole", model), ("small", best)):
@@ -284,9 +287,7 @@ with tempfile.TemporaryDirectory() as folder:
         files.append(file.stat().st_size)
     again = keras.saving.load_model(file, compile=False)
     print("KiB:", [round(size / 1024) for size in files])
-logits, same = (
-    m.predict(data.test_x, batch_size=500, verbose=0) for m in (best, again)
-)
+same = again.predict(data.test_x, batch_size=500, verbose=0)
 gap = np.abs(logits - same).max()
 assert files[1] < files[0]
 assert gap < 1e-4
