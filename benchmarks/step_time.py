@@ -97,13 +97,14 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
     backward pass still runs through the whole model; `lora` and
     `enable_lora`, the two factors of every wrapped layer; `lora_ivon`, the
     same by IVON; `adalora`, its triplets, under a `RankBudget` that never
-    ends; `spectral` and
-    `gated_spectral`, those adapters' weights; `gated_rebuilt`, the same gates
-    in a prototype that rebuilds every kernel in every call; those of
-    `BLOCKS`, the adapters' weights; `full`, everything. A task head trains in
-    `full` only.
+    ends; `spectral` and `gated_spectral`, those adapters' weights;
+    `gated_rebuilt`, the same gates in a prototype that rebuilds every kernel
+    in every call; those of `BLOCKS`, the adapters' weights; `full`,
+    everything. A task head trains in `full` only.
     """
     import keras
+
+    import keras_spectral as ks
 
     model, layers, inputs, targets = (
         minilm_case() if case == "minilm" else dense_case()
@@ -118,12 +119,8 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
     elif variant == "gated_rebuilt":
         model = rebuilt_model(model)
     elif variant in BLOCKS:
-        import keras_spectral as ks
-
         ks.wrap_model(model, variant, trainable=[], **BLOCKS[variant])
     elif variant != "full":
-        import keras_spectral as ks
-
         target = "attention" if case == "minilm" else keras.layers.Dense
         method = variant.removesuffix("_ivon")
         options = {"rank": RANK} | ({"alpha": RANK} if method == "lora" else {})
@@ -135,8 +132,6 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
     )
     model.compile(make_optimizer(variant), loss)
     if variant == "adalora":
-        import keras_spectral as ks
-
         # By hand, once: within `fit` it would compile the step each time.
         budget = ks.callbacks.RankBudget(RANK / 2, warmup=0, total_steps=10**6)
         budget.set_model(model)
@@ -148,11 +143,11 @@ def make_optimizer(variant: str) -> Any:
     """IVON for the variants that end so, else AdamW."""
     import keras
 
-    if not variant.endswith("_ivon"):
-        return keras.optimizers.AdamW(1e-3)
     import keras_spectral as ks
 
-    return ks.optimizers.IVON(1e-3, ess=1e6)
+    if variant.endswith("_ivon"):
+        return ks.optimizers.IVON(1e-3, ess=1e6)
+    return keras.optimizers.AdamW(1e-3)
 
 
 def rebuilt_model(model: Any) -> Any:

@@ -155,17 +155,16 @@ for ratio in ratios:
     cells = [f"{found[ratio, method]:.1%}" for method in METHODS]
     table.add_row(f"{ratio:.0%}", *cells)
 console.print(table)
-for ratio in ratios:
-    highest = max(found[ratio, method] for method in METHODS)
-    if ratio <= 0.25 and "alds" in METHODS:
-        assert found[ratio, "alds"] > highest - 0.1
+for ratio in () if course.FAST else (0.1, 0.25):
+    assert found[ratio, "uniform"] == min(found[ratio, m] for m in METHODS)
+    assert found[ratio, "alds"] > whole - 0.05
 assert course.accuracy(model, *test) == whole
 
 # %% [markdown]
-# While little is removed, the rules that look at singular values lose next to
-# nothing. The one that takes the same share from every layer loses at once:
-# the layers that matter most should give none of it. The more goes, the
-# further the rules part. Here is what happened to each layer:
+# Up to a quarter, ALDS loses next to nothing. *uniform*, which takes the same
+# share from every layer, is worst: the layers that matter most should give
+# none of it. Where more goes, the best rule depends on the model. Here is what
+# happened to each layer:
 
 # %%
 small = models[removed, "energy"]
@@ -193,9 +192,7 @@ for way, learning_rate in (("train", 5e-4), ("lora", 2e-3)):
         model, removed, method="energy", recover=way, recover_rank=4
     )
     trained = course.count(candidate.trainable_weights)
-    begin = found[removed, "energy"]
-    if way == "lora":
-        begin = course.accuracy(candidate, *test)
+    begin = course.accuracy(candidate, *test)
     course.train(candidate, data.x, data.y, learning_rate, epochs)
     if way == "lora":
         ks.finalize_transfer(candidate)
