@@ -68,6 +68,14 @@ def evaluate(
     return scores(logits.astype("float64"), labels)
 
 
+def evaluate_samples(
+    model: keras.Model, inputs: Inputs, labels: np.ndarray, samples: int
+) -> dict[str, float]:
+    """Scores the average of predictions over samples of IVON's posterior."""
+    mean = ks.optimizers.predict_mean(model, inputs, samples, "softmax")
+    return scores(np.log(mean.astype("float64")), labels)
+
+
 class ShowProgress(keras.callbacks.Callback):
     """Moves a rich progress bar on; scores and prints every `every` epochs."""
 
@@ -113,7 +121,11 @@ class ShowProgress(keras.callbacks.Callback):
 def make_optimizer(
     args: argparse.Namespace, steps: int
 ) -> keras.optimizers.Optimizer:
-    """AdamW or IVON, with the same warmup, decay and clipping."""
+    """AdamW or IVON, with the same warmup and decay.
+
+    AdamW clips the gradients' norm, IVON its own steps: each weight moves by at
+    most `lr * clip_radius`, where most of them do as long as h is small.
+    """
     rate = WarmupLinear(args.lr, int(0.06 * steps), steps)
     if args.optimizer == "ivon":
         return ks.optimizers.IVON(
@@ -122,7 +134,8 @@ def make_optimizer(
             hess_init=args.hess_init,
             beta_2=args.beta_2,
             weight_decay=args.ivon_decay,
-            global_clipnorm=1.0,
+            clip_radius=args.clip_radius,
+            rescale_lr=False,
             seed=args.seed,
         )
     return keras.optimizers.AdamW(
@@ -303,6 +316,8 @@ def parse_args() -> argparse.Namespace:
     add("--hess-init", type=float, default=1e-3, help="IVON")
     add("--ivon-decay", type=float, default=1e-5, help="IVON's weight decay")
     add("--beta-2", type=float, default=0.99999, help="IVON")
+    add("--clip-radius", type=float, default=1e-3, help="IVON")
+    add("--samples", type=int, help="IVON: also average over that many")
     add("--criterion", default="sensitivity", help="of AdaLoRA")
     add("--target-rank", type=float, default=2, help="of AdaLoRA, a layer")
     add("--interval", type=int, default=10, help="of AdaLoRA, steps")
@@ -325,6 +340,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--search-epochs is for --method unipelt")
     if args.keep and not args.search_epochs:
         parser.error("--keep needs --search-epochs")
+    if args.samples and args.optimizer != "ivon":
+        parser.error("--samples needs --optimizer ivon")
     if args.score_every < 1:
         parser.error(f"--score-every {args.score_every}: expected 1 or more")
     args.lr = args.lr or (5e-5 if args.method == "full" else 1e-3)
@@ -363,6 +380,9 @@ def main() -> None:
     show.print("trainable parameters:", trainable)
     history = train(model, data, dev, args, show)
     gates = gate_means(model, dev[0])
+    sampled = {}
+    if args.samples:
+        sampled = evaluate_samples(model, *dev, args.samples)
     settings = {**vars(args), "option": dict(args.option)}
     del settings["data"]
     result = {
@@ -375,6 +395,7 @@ def main() -> None:
         **{k: v for k, v in history[-1].items() if k != "epoch"},
         "history": history,
         **({"gates": gates} if gates else {}),
+        **({"sampled": sampled} if sampled else {}),
         "keras": keras.__version__,
         "keras_hub": keras_hub.__version__,
         "cpus": os.cpu_count(),

@@ -24,6 +24,7 @@ VARIANTS = (
     "lora",
     "lora_ivon",
     "adalora",
+    "adalora_ivon",
     "spectral",
     "gated_spectral",
     "gated_rebuilt",
@@ -96,11 +97,12 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
     What trains: `frozen`, the bias of the first wrapped layer, so that the
     backward pass still runs through the whole model; `lora` and
     `enable_lora`, the two factors of every wrapped layer; `lora_ivon`, the
-    same by IVON; `adalora`, its triplets, under a `RankBudget` that never
-    ends; `spectral` and `gated_spectral`, those adapters' weights;
-    `gated_rebuilt`, the same gates in a prototype that rebuilds every kernel
-    in every call; those of `BLOCKS`, the adapters' weights; `full`,
-    everything. A task head trains in `full` only.
+    same by IVON; `adalora`, its triplets, under a `RankBudget` by sensitivity
+    that never ends, and `adalora_ivon`, by SNR and IVON; `spectral` and
+    `gated_spectral`, those adapters' weights; `gated_rebuilt`, the same gates
+    in a prototype that rebuilds every kernel in every call; those of
+    `BLOCKS`, the adapters' weights; `full`, everything. A task head trains in
+    `full` only.
     """
     import keras
 
@@ -131,9 +133,14 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
         else keras.losses.MeanSquaredError()
     )
     model.compile(make_optimizer(variant), loss)
-    if variant == "adalora":
+    if variant.startswith("adalora"):
         # By hand, once: within `fit` it would compile the step each time.
-        budget = ks.callbacks.RankBudget(RANK / 2, warmup=0, total_steps=10**6)
+        budget = ks.callbacks.RankBudget(
+            RANK / 2,
+            "snr" if variant.endswith("_ivon") else "sensitivity",
+            warmup=0,
+            total_steps=10**6,
+        )
         budget.set_model(model)
         budget.on_train_begin()
     return model, inputs, targets

@@ -268,21 +268,25 @@ def ivon_update(gradient, noise, mean, momentum, hessian, bias, options):
     return momentum, hessian, move
 
 
-def predict_mean(model: keras.Model, x: Any, samples: int = 8) -> np.ndarray:
+def predict_mean(
+    model: keras.Model, x: Any, samples: int = 8, activation: Any = None
+) -> np.ndarray:
     """Averages predictions over samples of an IVON posterior.
 
     Args:
-        model: A model that was trained with IVON; its output is averaged, so
-            it should be probabilities or values, not logits.
+        model: A model that was trained with IVON.
         x: What `model.predict` takes.
         samples: How many, at least 1.
+        activation: What makes probabilities of the model's output before it
+            is averaged, as `"softmax"` for logits; `None`, nothing.
 
     Returns:
         The mean prediction. The model's weights are as before.
 
     Raises:
         ValueError: The model has no IVON optimizer that has trained its
-            weights as they are now; `samples` below 1.
+            weights as they are now; `samples` below 1; an activation that
+            Keras does not know.
 
     Example:
 
@@ -308,9 +312,11 @@ def predict_mean(model: keras.Model, x: Any, samples: int = 8) -> np.ndarray:
         )
     if samples < 1:
         raise ValueError(f"Received samples={samples}. Expected at least 1.")
+    activate = keras.activations.get(activation)
     total = 0.0
     with optimizer.mean():
         for _ in range(samples):
             optimizer.sample()
-            total = total + model.predict(x, verbose=0)
+            output = ops.convert_to_tensor(model.predict(x, verbose=0))
+            total = total + ops.convert_to_numpy(activate(output))
     return total / samples

@@ -213,8 +213,13 @@ def test_predictions_are_averaged_over_samples():
     assert len(seen) == 4 and np.ptp(seen, axis=0).max() > 1e-4
     for weight, value in zip(model.weights, before):
         np.testing.assert_array_equal(_numpy(weight), value)
+    probable = ks.optimizers.predict_mean(model, x, 4, activation="sigmoid")
+    expected = np.mean(1 / (1 + np.exp(-np.array(seen[4:]))), axis=0)
+    np.testing.assert_allclose(probable, expected, rtol=1e-5)
     with pytest.raises(ValueError, match="samples=0"):
         ks.optimizers.predict_mean(model, x, samples=0)
+    with pytest.raises(ValueError, match="sharpmax"):
+        ks.optimizers.predict_mean(model, x, activation="sharpmax")
     model.compile("adam", "mse")
     with pytest.raises(ValueError, match="Expected IVON"):
         ks.optimizers.predict_mean(model, x)
