@@ -24,10 +24,10 @@ def plot_rank_history(ranks: Sequence[Mapping[str, int]], ax=None):
         The matplotlib figure.
 
     Raises:
-        ValueError: There are no ranks.
+        ValueError: It holds no ranks.
         ImportError: matplotlib is missing.
     """
-    _check(ranks)
+    _check(ranks, Sequence, "`budget.ranks`")
     figure, ax = new_axes(ax, (7, 3.5))
     epochs = range(1, len(ranks) + 1)
     for path, name in zip(ranks[0], short_paths(list(ranks[0]))):
@@ -57,10 +57,10 @@ def plot_rank_map(ranks: Mapping[str, int], ax=None):
         The matplotlib figure.
 
     Raises:
-        ValueError: There are no ranks.
+        ValueError: It holds no ranks.
         ImportError: matplotlib is missing.
     """
-    _check(ranks)
+    _check(ranks, Mapping, "`budget.ranks[-1]`")
     places = [path.rpartition("/")[::2] for path in ranks]
     layers = list(dict.fromkeys(layer for layer, _ in places))
     names = list(dict.fromkeys(name for _, name in places))
@@ -121,8 +121,9 @@ def plot_posterior(model: keras.Model, bins: int = 40, ax=None):
     return figure
 
 
-def _check(ranks):
-    if not ranks:
+def _check(ranks, kind, expected):
+    if not isinstance(ranks, kind) or not ranks:
         raise ValueError(
-            "Received no ranks. Expected those of a RankBudget after `fit`."
+            f"Received {ranks!r}. Expected {expected} of a RankBudget after "
+            "`fit`."
         )

@@ -43,8 +43,14 @@ def test_posterior_has_a_histogram_for_each_variable():
 
 
 @pytest.mark.parametrize(
-    "draw", [ks.plots.plot_rank_history, ks.plots.plot_rank_map]
+    ("draw", "nothing", "expected"),
+    [
+        (ks.plots.plot_rank_history, [], "`budget.ranks` of"),
+        (ks.plots.plot_rank_history, RANKS[-1], "`budget.ranks` of"),
+        (ks.plots.plot_rank_map, {}, r"`budget.ranks\[-1\]` of"),
+        (ks.plots.plot_rank_map, RANKS, r"`budget.ranks\[-1\]` of"),
+    ],
 )
-def test_nothing_to_draw_raises(draw):
-    with pytest.raises(ValueError, match="Received no ranks"):
-        draw({})
+def test_nothing_to_draw_raises(draw, nothing, expected):
+    with pytest.raises(ValueError, match=expected):
+        draw(nothing)
