@@ -36,12 +36,17 @@ class IVON(keras.optimizers.Optimizer):
     model like that of any optimizer.
 
     Use it where uncertainty counts: calibrated predictions, or importances
-    of weights. A step costs about as much as Adam's.
+    of weights. A step costs about as much as Adam's. Adapters' gradients
+    differ by orders of magnitude, and h needs about `1 / (1 - b2)` steps to
+    even that out; with `IVON(2, ess=1e7, hess_init=3e-4, clip_radius=1e-3,
+    rescale_lr=False)` nearly every weight moves by `lr * clip_radius` instead,
+    as by Adam's rate.
 
     Source: Shen et al. 2024, arXiv 2402.17641, algorithm 1.
 
     Args:
-        learning_rate: A number or a Keras schedule; 0.1 is a good start.
+        learning_rate: A number or a Keras schedule; 0.1 is a good start for
+            a whole model.
         ess: Effective sample size, about the number of training examples:
             the larger, the narrower the posterior.
         hess_init: Start of h, above 0.
