@@ -310,11 +310,11 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="any other option of the method, repeatable",
     )
-    add("--lr", type=float, help="default: 1e-3, for full 5e-5")
+    add("--lr", type=float, help="default: 1e-3, for full 5e-5, IVON 2")
     add("--optimizer", choices=("adamw", "ivon"), default="adamw")
-    add("--ess", type=float, default=1e6, help="IVON")
-    add("--hess-init", type=float, default=1e-3, help="IVON")
-    add("--ivon-decay", type=float, default=1e-5, help="IVON's weight decay")
+    add("--ess", type=float, default=1e7, help="IVON")
+    add("--hess-init", type=float, default=3e-4, help="IVON")
+    add("--ivon-decay", type=float, default=1e-6, help="IVON's weight decay")
     add("--beta-2", type=float, default=0.99999, help="IVON")
     add("--clip-radius", type=float, default=1e-3, help="IVON")
     add("--samples", type=int, help="IVON: also average over that many")
@@ -344,7 +344,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--samples needs --optimizer ivon")
     if args.score_every < 1:
         parser.error(f"--score-every {args.score_every}: expected 1 or more")
-    args.lr = args.lr or (5e-5 if args.method == "full" else 1e-3)
+    rate = 5e-5 if args.method == "full" else 1e-3
+    args.lr = args.lr or (2.0 if args.optimizer == "ivon" else rate)
     if args.alpha is None and args.method in ("lora", "conv_lora"):
         args.alpha = 16
     args.length = args.length or MAX_LENGTH[args.task]
