@@ -34,7 +34,8 @@ class RankBudget(keras.callbacks.Callback):
     mean s(A_:i) + mean s(B_i:), with s by `criterion`:
 
     - `"sensitivity"` (AdaLoRA): Ibar * Ubar, moving averages of I = |w g| and
-      of |I - Ibar|, w after the update and g the gradient that it used;
+      of |I - Ibar|, w after the update (with IVON its mean) and g the
+      gradient that it used;
     - with IVON, from each weight's mean m and deviation sigma: `"snr"`
       |m| / sigma, `"snr_abs"` E|t| / sd|t|, `"mean"` |m|, `"precision"`
       1 / sigma.

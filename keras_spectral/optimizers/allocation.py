@@ -154,7 +154,7 @@ class RankAllocation:
             pair = self.averages[id(variable)]
             mean, spread = map(ops.convert_to_tensor, pair)
             now = ops.abs(
-                ops.convert_to_tensor(variable)
+                self._weight(variable)
                 * ops.cast(gradients[id(variable)], "float32")
             )
             new_mean = self.beta_1 * mean + (1 - self.beta_1) * now
@@ -162,6 +162,12 @@ class RankAllocation:
             new_spread += (1 - self.beta_2) * ops.abs(now - new_mean)
             pair[0].assign(ops.where(moving, new_mean, mean))
             pair[1].assign(ops.where(moving, new_spread, spread))
+
+    def _weight(self, variable):
+        """Its value, or with IVON, whose variables hold samples, its mean."""
+        if hasattr(self.optimizer, "moments"):
+            return self.optimizer.moments(variable)[0]
+        return ops.convert_to_tensor(variable)
 
     def _scores(self, e, a, b):
         """The importance of each triplet, (rank,)."""

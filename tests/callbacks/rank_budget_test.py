@@ -208,6 +208,21 @@ def test_survives_an_interruption(tmp_path):
         np.testing.assert_allclose(resumed, straight, atol=1e-6)
 
 
+def test_sensitivity_takes_the_means_of_ivon():
+    model = _model()
+    optimizer = IVON(0.05, ess=100, seed=0)
+    optimizer.build(model.trainable_variables)
+    allocation = RankAllocation(
+        optimizer, model.layers, Schedule(2, 4, 3, 16, 8, 3)
+    )
+    factor = model.layers[0].lora_a
+    mean, deviation = optimizer.posterior(factor)
+    assert np.abs(_numpy(factor) - mean).max() > deviation.mean()
+    allocation([ops.ones(factor.shape)], [factor])
+    average, _ = allocation.averages[id(factor)]
+    np.testing.assert_allclose(_numpy(average), 0.15 * np.abs(mean), rtol=1e-5)
+
+
 @pytest.mark.parametrize("criterion", ["snr", "mean", "precision", "snr_abs"])
 def test_bayesian_criteria_with_ivon(criterion):
     model = _model()
