@@ -30,3 +30,8 @@ def check_choice(value, name, choices):
         raise ValueError(
             f"Received {name}={value!r}. Expected one of {list(choices)}."
         )
+
+
+def is_small(dtype) -> bool:
+    """Whether a dtype has 16 bits, too few for steps of an optimizer."""
+    return dtype in ("bfloat16", "float16")

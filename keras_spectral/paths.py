@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.host import Host
 from keras_spectral.surgery import sublayers
 
 _MAX_SHOWN = 8
@@ -104,8 +104,8 @@ def describe(candidates: list[Place]) -> str:
 
 
 def subject(layer):
-    """The layer itself, or the base of an adapter."""
-    return layer.layer if isinstance(layer, AdapterLayer) else layer
+    """The layer itself, or the base of an adapter or a trained copy."""
+    return layer.layer if isinstance(layer, Host) else layer
 
 
 def _plain_name(layer):
