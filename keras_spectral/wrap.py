@@ -139,9 +139,7 @@ def unwrap_model(model: keras.Model) -> keras.Model:
     return model
 
 
-def merge_model(
-    model: keras.Model, *, dtype: str | None = None
-) -> keras.Model:
+def merge_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
     """Folds all adapters into their base kernels: plain Keras layers again.
 
     Outputs stay what they were, and what trained beside the adapters becomes

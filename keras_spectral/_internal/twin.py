@@ -53,16 +53,19 @@ def rerouted(
         if rest:
             below.setdefault(name, []).append((rest, function))
     for name, inner in below.items():
-        vars(copy)[name] = _rerouted_base(getattr(layer, name), inner)
+        vars(copy)[name] = rerouted_base(getattr(layer, name), inner)
     for path, function in detours:
         if "." not in path:
             vars(copy)[path] = _Around(getattr(copy, path), function)
     return copy
 
 
-def _rerouted_base(layer, detours):
+def rerouted_base(layer: Any, detours: list[Detour]) -> Any:
+    """The same of what may be an adapter, a twin or a detour itself."""
+    if isinstance(layer, _Around):
+        return _Around(rerouted_base(layer.original, detours), layer.function)
     if getattr(layer, "opens_base", False):
-        return twin(layer, layer=_rerouted_base(layer.layer, detours))
+        return twin(layer, layer=rerouted_base(layer.layer, detours))
     return rerouted(layer, detours)
 
 
