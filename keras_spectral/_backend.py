@@ -20,3 +20,20 @@ def scope_of(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
     if keras.backend.backend() != "tensorflow" or strategy is None:
         return contextlib.nullcontext()
     return strategy.scope()
+
+
+def is_training(training) -> bool:
+    """Whether a call trains; a ValueError where JAX hides it.
+
+    `keras.RematScope` traces the arguments of what it computes anew, so that
+    nothing inside can ask whether it trains (Keras's Dropout neither).
+    """
+    try:
+        return bool(training)
+    except Exception as error:
+        raise ValueError(
+            "This adapter does something else while training, and a "
+            "`keras.RematScope` hides from it whether it trains. Expected "
+            "`keras.RematScope(mode='list_of_layers', layer_names=[...])` "
+            "with layers that hold no adapters, or an adapter without dropout."
+        ) from error

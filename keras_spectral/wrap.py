@@ -129,6 +129,8 @@ def wrap_model(
         _check_model(other)
         surgery.remember(other)
 
+    _warn_of_holders(model, chosen)
+
     def prepare(adapters):
         give_triplets(adapters, svd_cache)
 
@@ -452,6 +454,21 @@ def _check_model(model):
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(
             f"Received a {type(model).__name__}. Expected a Keras model."
+        )
+
+
+def _warn_of_holders(model, chosen):
+    """Warns of functions and objects that call a layer past its adapter."""
+    held = surgery.hidden_holders(model, [place.layer for place in chosen])
+    if held:
+        name, kinds = next(iter(held.items()))
+        warnings.warn(
+            f"Layer '{name}' of model '{model.name}' is also held by a "
+            f"{' and a '.join(kinds)}, which an adapter does not reach: it "
+            "goes on seeing the base, and after `merge_model` the merged "
+            "kernel, so that outputs change there."
+            + (f" So are {len(held) - 1} more." if len(held) > 1 else ""),
+            stacklevel=3,
         )
 
 

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_spectral import surgery
+from keras_spectral._backend import is_training
 from keras_spectral._internal.twin import rerouted
 from keras_spectral.blocks.kinds import BlockView
 from keras_spectral.blocks.kinds import require_kind
@@ -22,7 +23,7 @@ class Run:
     def __init__(self, inputs, padding, training):
         self.inputs = inputs
         self.padding = padding
-        self.training = bool(training)
+        self.training = is_training(training)
 
     def mean(self, values):
         """The mean over tokens that count of values (batch, tokens, n)."""

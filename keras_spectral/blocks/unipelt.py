@@ -195,7 +195,7 @@ class UniPELTBlock(BlockAdapter):
 
     def detours(self, run) -> list[Detour]:
         def strength(name):
-            return lambda z: self._gate(name, z, run) * self.scale
+            return lambda z: self._switched(self._gate(name, z, run))
 
         found = []
         for name, pair in self.pairs.items():
@@ -215,7 +215,8 @@ class UniPELTBlock(BlockAdapter):
     def end(self, outputs, run):
         if self.net is not None and self.view.norm is None:
             outputs = self.net.at_end(
-                outputs, lambda z: self._gate("adapter", z, run) * self.scale
+                outputs,
+                lambda z: self._switched(self._gate("adapter", z, run)),
             )
         gates = ops.stack([run.gates[name] for name in self.gate_names], axis=1)
         if run.training:
@@ -233,11 +234,16 @@ class UniPELTBlock(BlockAdapter):
             run.gates[key] = self.gates.gate(key, z, run)
         return run.gates[key]
 
+    def _switched(self, gate):
+        """A gate times the scale; zero when switched off, even of NaN."""
+        on = ops.not_equal(self.scale, 0.0)
+        return ops.where(on, gate * self.scale, 0.0)
+
     def _shown(self, run):
         """Not zero where the prefix is there."""
         if self.gate != "gumbel":
             return self.scale
-        return self.scale * run.gates["prefix"]
+        return self._switched(run.gates["prefix"])
 
     def _add_penalty(self, gates):
         weight = self.sparsity

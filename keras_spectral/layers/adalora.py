@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_training
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import AdapterLayer
@@ -108,7 +109,7 @@ class AdaLoRADense(AdapterLayer):
         return self.alpha / (self.rank + _SMALL)
 
     def call(self, inputs, training=None, **kwargs):
-        if training and self.orthogonality:
+        if self.orthogonality and is_training(training):
             self.add_loss(self.orthogonality * self.penalty())
         return super().call(inputs, training=training, **kwargs)
 

@@ -5,6 +5,7 @@ import inspect
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_training
 from keras_spectral.checks import check_number
 from keras_spectral.checks import is_small
 from keras_spectral.kernels import kernel_view
@@ -172,7 +173,7 @@ class AdapterLayer(Host):
     def delta(self, inputs, training=None, **kwargs):
         """The correction to the base's output, before the activation."""
         a, b = self.scaled(*self.factors())
-        if training and self.dropout:
+        if self.dropout and is_training(training):
             inputs = keras.random.dropout(
                 inputs, self.dropout, seed=self.seed_generator
             )

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_training
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
@@ -204,7 +205,7 @@ class ConditionalSpectralDense(AdapterLayer):
         )
         logits = self.network(ops.concatenate([context, embedding], axis=-1))
         gates = ops.cast(logits > 0, "float32")
-        if training:
+        if is_training(training):
             gates = self._draw(logits)
             if self.l0:
                 opening = 1 - ops.exp(-ops.exp(logits))

@@ -6,6 +6,7 @@ import numbers
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_training
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
@@ -161,6 +162,7 @@ class DecayingLoRA(AdapterLayer):
         return self.alpha / self.rank
 
     def call(self, inputs, training=None, **kwargs):
+        training = is_training(training)
         decay = self._decay(training)
         if training:
             self.step.assign_add(1)

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_training
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
 from keras_spectral.layers.adapter import AdapterLayer
@@ -84,7 +85,8 @@ class DyLoRADense(AdapterLayer):
         return self.alpha
 
     def delta(self, inputs, training=None, **kwargs):
-        a, b = self.scaled(*(self._draw() if training else self.factors()))
+        drawn = self._draw() if is_training(training) else self.factors()
+        a, b = self.scaled(*drawn)
         return self.view.apply(inputs, a, b, **kwargs)
 
     def factors(self):
