@@ -7,7 +7,6 @@ import keras
 
 from keras_spectral import surgery
 from keras_spectral._internal.snapshot import all_or_nothing
-from keras_spectral._internal.snapshot import insist
 from keras_spectral.layers import DecayingLoRA
 from keras_spectral.layers.host import TrainedCopy
 from keras_spectral.wrap import bases_in_place
@@ -46,11 +45,9 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     require_adapters(model)
     with all_or_nothing() as snapshot:
         warn_of_rounding(fold_all(model, snapshot))
-    try:
         with bases_in_place(model):
             yield model
-    finally:
-        insist(snapshot.restore_values)
+        snapshot.restore()
 
 
 @contextlib.contextmanager
@@ -78,17 +75,11 @@ def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
         for copy in copies:
             copy.take_base()
         surgery.forget_compiled(retraced)
-    try:
-        yield model
-    finally:
-        insist(lambda: _enable(active, snapshot, retraced))
-
-
-def _enable(active, snapshot, retraced):
-    snapshot.restore_values()
-    for adapter in active:
-        adapter.disabled = False
-    surgery.forget_compiled(retraced)
+        try:
+            yield model
+        finally:
+            surgery.forget_compiled(retraced)
+        snapshot.restore()
 
 
 @contextlib.contextmanager
@@ -101,11 +92,9 @@ def adapters_alone(model: keras.Model) -> Iterator[keras.Model]:
         ValueError: The model has no DecayingLoRA.
     """
     adapters = require_adapters(model, DecayingLoRA)
-    before = [float(adapter.alone) for adapter in adapters]
-    for adapter in adapters:
-        adapter.alone.assign(1.0)
-    try:
+    with all_or_nothing() as snapshot:
+        snapshot.keep_values(adapter.alone for adapter in adapters)
+        for adapter in adapters:
+            adapter.alone.assign(1.0)
         yield model
-    finally:
-        for adapter, value in zip(adapters, before):
-            adapter.alone.assign(value)
+        snapshot.restore()

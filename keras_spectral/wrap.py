@@ -16,7 +16,6 @@ from keras_spectral import surgery
 from keras_spectral._backend import scope_of
 from keras_spectral._internal.snapshot import Snapshot
 from keras_spectral._internal.snapshot import all_or_nothing
-from keras_spectral._internal.snapshot import insist
 from keras_spectral.adapted import config_before
 from keras_spectral.adapted import freeze_all_but
 from keras_spectral.adapted import set_classes
@@ -41,6 +40,8 @@ from keras_spectral.spectra import factorize
 _FLAGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 # For each layer inside of a model's host that host and the model's name.
 _HOSTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# Layers that have hosts, but not inside of this `unwrapped` block.
+_LENT: weakref.WeakSet = weakref.WeakSet()
 _LOST = 0.01  # share of a correction that merging may lose without a word
 
 
@@ -308,6 +309,12 @@ def wrap_places(
         prepare: Called with the adapters before they are built.
         fill: Called before they are put in place with `{layer: built host}`.
     """
+    if any(layer in _LENT for layer in tree(model)):
+        raise ValueError(
+            f"The adapters of model '{model.name}' are out for as long as an "
+            "`unwrapped` or `merged` block lasts. Expected that it is wrapped "
+            "after the block."
+        )
     for adapter_class in {adapter_class for _, adapter_class, _ in requests}:
         adapter_class.check_model(model)
     with all_or_nothing() as snapshot, scope_of(model):
@@ -387,10 +394,16 @@ def bases_in_place(model: keras.Model) -> Iterator[None]:
     flags.keep_flags(surgery.all_layers(model))
     with all_or_nothing() as snapshot:
         inside = _put_bases(model, snapshot, renew=False)
-    try:
-        yield
-    finally:
-        insist(lambda: _put_hosts(model, inside, flags))
+        bases = [host.layer for host in inside]
+        _LENT.update(bases)
+        try:
+            yield
+        finally:
+            _LENT.difference_update(bases)
+        put(model, {h.layer: h for h in inside}, snapshot, renew=False)
+        for host in inside:
+            host.keep_base_frozen()
+        flags.restore()
 
 
 def _put_bases(model, snapshot, renew=True):
@@ -403,18 +416,6 @@ def _put_bases(model, snapshot, renew=True):
         if layer in _FLAGS:
             surgery.set_trainable(layer, *_FLAGS[layer])
     return swaps
-
-
-def _put_hosts(model, inside, flags):
-    """Puts those hosts back whose bases are still there."""
-    with all_or_nothing() as snapshot:
-        swaps = {host.layer: host for host in inside}
-        there = {id(layer) for layer in surgery.all_layers(model)}
-        if not any(id(host) in there for host in inside):
-            put(model, swaps, snapshot, renew=False)
-        for host in inside:
-            host.keep_base_frozen()
-        flags.restore()
 
 
 def _keep_all(model, snapshot):

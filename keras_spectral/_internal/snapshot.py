@@ -60,10 +60,6 @@ class Snapshot:
             for variable, trainable in weights:
                 if variable.trainable != trainable:
                     variable.trainable = trainable
-        self.restore_values()
-
-    def restore_values(self) -> None:
-        """Brings variables' values back, and nothing else."""
         for variable, value in self._values:
             variable.assign(value)
 
