@@ -241,13 +241,14 @@ class AdapterLayer(Host):
             take, by the Frobenius norm.
         """
         matrix = self.merged_matrix()
-        size = 0.0
-        if is_small(self.view.variable().dtype):
-            size = ops.norm(self.delta_matrix())
-        self.view.assign(matrix)
-        if not size:
+        if not is_small(self.view.variable().dtype):
+            self.view.assign(matrix)
             return 0.0
-        return float(ops.norm(self.view.matrix() - matrix) / size)
+        change = self.delta_matrix()
+        self.view.assign(matrix)
+        lost, size = ops.norm(self.view.matrix() - matrix), ops.norm(change)
+        lost = ops.convert_to_numpy(lost / ops.maximum(size, 1e-30))
+        return float(lost)
 
     @classmethod
     def option_names(cls):
