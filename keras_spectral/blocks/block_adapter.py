@@ -63,6 +63,7 @@ class BlockAdapter(AdapterLayer):
 
     default_target = "blocks"
     held = ()
+    merges = False
     opens_base = True
 
     def __init__(self, layer, **kwargs):
