@@ -8,7 +8,9 @@ import difflib
 import hashlib
 import math
 import numbers
+import os
 from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -94,6 +96,22 @@ def check_choice(value: Any, name: str, choices: Iterable) -> Any:
             f"Received {name}={value!r}. Expected one of {choices}."
             + did_you_mean(value, [c for c in choices if c is not None])
         )
+    return value
+
+
+def check_path(path: Any, name: str = "path") -> Any:
+    """Raises unless `path` names a file."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(
+            f"Received {name}={path!r}. Expected the path of a file."
+        )
+    return path
+
+
+def check_mapping(value: Any, name: str, expected: str) -> Mapping:
+    """Raises unless `value` is a mapping with something in it."""
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"Received {name}={value!r}. Expected {expected}.")
     return value
 
 

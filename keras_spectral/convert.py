@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_spectral import surgery
+from keras_spectral._evaluate import check_data
 from keras_spectral.checks import check_rank
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
@@ -92,6 +93,7 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
         ValueError: No such adapters, they are switched off, or no data.
     """
     old = require_adapters(model, ConditionalSpectralDense)
+    check_data(dataset)
     for adapter in old:
         adapter.check_active()
     for adapter in old:

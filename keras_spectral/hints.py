@@ -22,6 +22,7 @@ def require(
     argument: str,
     presets: Iterable[str] = (),
     shown: list[Place] | None = None,
+    model: str | None = None,
 ) -> list[Place]:
     """The places that a pattern matches; a ValueError with help if none.
 
@@ -31,6 +32,7 @@ def require(
         argument: What the caller calls it.
         presets: Words that could have been meant.
         shown: The places to name; all by default.
+        model: The name of the model they are in, for the message.
     """
     if not isinstance(pattern, str):
         raise ValueError(
@@ -42,8 +44,11 @@ def require(
         return found
     shown = candidates if shown is None else shown
     words = ", ".join(map(repr, presets))
+    start = f"{argument} has {pattern!r}, which matches none of the layers here"
+    if model is not None:
+        start = f"Nothing in model '{model}' matches {argument}={pattern!r}"
     raise ValueError(
-        f"{argument} has {pattern!r}, which matches none of the layers here."
+        f"{start}."
         + hint(pattern, shown, presets)
         + " A pattern must match a layer's whole path"
         + (f"; preset words are {words}" if words else "")

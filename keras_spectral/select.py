@@ -153,9 +153,16 @@ class _Search:
     def matching(self, target, argument="target"):
         """The places that a target means."""
         if isinstance(target, str) and target not in _PRESETS:
-            presets = _PRESETS if argument == "target" else ()
-            shown = self.shown if argument == "target" else self.candidates
-            return require(self.candidates, target, argument, presets, shown)
+            if argument != "target":
+                return require(self.candidates, target, argument)
+            return require(
+                self.candidates,
+                target,
+                argument,
+                presets=_PRESETS,
+                shown=self.shown,
+                model=self.model.name,
+            )
         if isinstance(target, keras.layers.Layer):
             return self._place_of(target, argument)
         # Halves of a factorised layer are only found by their paths.
