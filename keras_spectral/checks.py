@@ -191,12 +191,18 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f" Did you mean {near!r}?" if near is not None else ""
 
 
-def nearest(word: Any, known: Iterable[str]) -> str | None:
-    """The known word that a mistyped one is nearest to, if one is near."""
+def nearest(word: Any, known: Iterable[str], least: float = 0.6) -> str | None:
+    """The known word that a mistyped one is nearest to, if one is near.
+
+    Args:
+        word: What was given.
+        known: What there is.
+        least: How alike they have to be, 0 to 1.
+    """
     plain = {_plain(k): k for k in reversed(list(known))}
     if not isinstance(word, str):
         return None
-    found = difflib.get_close_matches(_plain(word), plain, n=1)
+    found = difflib.get_close_matches(_plain(word), plain, 1, least)
     return plain[found[0]] if found else None
 
 

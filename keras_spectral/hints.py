@@ -58,7 +58,7 @@ def require(
 
 def hint(pattern: str, places: list[Place], presets: Iterable[str] = ()) -> str:
     """A sentence with what was probably meant, or nothing."""
-    word = nearest(pattern, presets)
+    word = nearest(pattern, presets, 0.75)
     if word is not None:
         return f" Did you mean the preset {word!r}?"
     names = list(dict.fromkeys(_name(place) for place in places))

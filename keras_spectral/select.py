@@ -78,6 +78,17 @@ def adaptable(
     return [p for p in candidates if _fits(adapter, subject(p.layer))]
 
 
+def chosen_by_presets(
+    model: keras.Model, candidates: list[Place]
+) -> dict[str, set[int]]:
+    """The ids of the places that each preset word chooses."""
+    search = _Search(model, candidates, AdapterLayer)
+    return {
+        word: {id(place) for place in search.matching(word)}
+        for word in _PRESETS
+    }
+
+
 def without_halves(candidates: list[Place]) -> list[Place]:
     """The places but those inside of factorised layers."""
     halves = {

@@ -9,6 +9,8 @@ import numpy as np
 from keras import ops
 
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
+from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
 from keras_spectral.compression import ranks
 from keras_spectral.compression.report import CompressedLayer
@@ -110,6 +112,8 @@ def compress_model(
     check_choice(method, "method", tuple(ranks.RULES))
     check_choice(recover, "recover", (None, "train", "lora"))
     check_rank(recover_rank, "recover_rank")
+    check_flag(keep_ends, "keep_ends")
+    check_flag(true_bound, "true_bound")
     _check_goal(ratio, budget, max_error)
     chosen = _chosen(model, target, exclude, keep_ends)
     views = [kernel_view(place.layer) for place in chosen]
@@ -204,7 +208,7 @@ def _check_goal(ratio, budget, max_error):
     name, value = next(iter(given.items()))
     if name == "budget":
         check_rank(value, name)
-    elif isinstance(value, bool) or not 0 < value < 1:
+    elif not 0 < check_number(value, name) < 1:
         raise ValueError(
             f"Received {name}={value!r}. Expected a number above 0 and below 1."
         )
