@@ -223,10 +223,9 @@ def _method_row(name):
 
 def _targets_table(model, targets):
     table = _new_table(f"Layers of {model.name} that an adapter fits")
-    table.add_column("layer", overflow="fold", ratio=1)
+    table.add_column("layer, its class and what chooses it", ratio=1)
     for name in ("matrix", "max rank"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("chosen by")
     for label, group in grouped(targets.rows, _what):
         row = group[0]
         words = ", ".join(row.presets) or "its path or class"
@@ -235,10 +234,9 @@ def _targets_table(model, targets):
         if row.method is not None:
             words += f"; has {row.method}"
         table.add_row(
-            label.append(f"\n{row.kind}", "dim"),
+            label.append(f"\n  {row.kind}: {words}", "dim"),
             "" if row.shape is None else "{} x {}".format(*row.shape),
             "" if row.max_rank is None else f"{row.max_rank:,}",
-            words,
         )
     return table
 
