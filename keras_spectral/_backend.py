@@ -12,3 +12,11 @@ def eagerly() -> contextlib.AbstractContextManager:
     import tensorflow as tf
 
     return tf.init_scope()
+
+
+def scope_of(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
+    """The scope of the TensorFlow strategy that a model was built under."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if keras.backend.backend() != "tensorflow" or strategy is None:
+        return contextlib.nullcontext()
+    return strategy.scope()

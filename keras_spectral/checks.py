@@ -213,3 +213,8 @@ def is_whole(value: Any) -> bool:
 
 def _plain(word):
     return word.lower().replace("_", "-").replace(" ", "-")
+
+
+def is_small(dtype) -> bool:
+    """Whether a dtype has 16 bits, too few for steps of an optimizer."""
+    return dtype in ("bfloat16", "float16")

@@ -6,8 +6,15 @@ from collections.abc import Iterator
 import keras
 
 from keras_spectral import surgery
+from keras_spectral._internal.snapshot import all_or_nothing
+from keras_spectral._internal.snapshot import insist
 from keras_spectral.layers import DecayingLoRA
+from keras_spectral.layers.host import TrainedCopy
+from keras_spectral.wrap import bases_in_place
+from keras_spectral.wrap import fold_all
+from keras_spectral.wrap import hosts
 from keras_spectral.wrap import require_adapters
+from keras_spectral.wrap import warn_of_rounding
 
 
 @contextlib.contextmanager
@@ -20,7 +27,8 @@ def unwrapped(model: keras.Model) -> Iterator[keras.Model]:
     Raises:
         ValueError: The model has no adapters.
     """
-    with _bases_in_place(model, require_adapters(model)):
+    require_adapters(model)
+    with bases_in_place(model):
         yield model
 
 
@@ -35,60 +43,52 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     Raises:
         ValueError: As `merge_model` does; nothing has changed then.
     """
-    adapters = require_adapters(model)
-    for adapter in adapters:
-        adapter.merged_matrix()
-    weights = [w for adapter in adapters for w in adapter.layer.weights]
-    values = [keras.ops.copy(weight) for weight in weights]
+    require_adapters(model)
+    with all_or_nothing() as snapshot:
+        warn_of_rounding(fold_all(model, snapshot))
     try:
-        for adapter in adapters:
-            adapter.merge()
-        with _bases_in_place(model, adapters):
+        with bases_in_place(model):
             yield model
     finally:
-        for weight, value in zip(weights, values):
-            weight.assign(value)
-
-
-@contextlib.contextmanager
-def _bases_in_place(model, adapters):
-    models = surgery.replace_layers(model, {a: a.layer for a in adapters})
-    for adapter in adapters:
-        adapter.release()
-    surgery.forget_compiled(models)
-    try:
-        yield
-    finally:
-        models = surgery.replace_layers(model, {a.layer: a for a in adapters})
-        for adapter in adapters:
-            adapter.hold()
-        surgery.forget_compiled(models)
+        insist(snapshot.restore_values)
 
 
 @contextlib.contextmanager
 def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
     """The base model's outputs for as long as the block lasts, no retrace.
 
-    Only with a SoftPrompt, which changes shapes, compiled functions are
-    dropped.
+    Its own heads are in place of those that were trained. The model is
+    changed for all threads. Only with a SoftPrompt, which changes shapes,
+    compiled functions are dropped.
 
     Raises:
         ValueError: The model has no adapters.
     """
     active = [a for a in require_adapters(model) if not a.disabled]
-    scales = [float(adapter.scale) for adapter in active]
-    for adapter in active:
-        adapter.scale.assign(0.0)
-        adapter.disabled = True
+    copies = [x for x in hosts(model) if isinstance(x, TrainedCopy)]
     retraced = [model] if any(a.retraces for a in active) else []
-    surgery.forget_compiled(retraced)
+    with all_or_nothing() as snapshot:
+        snapshot.keep_values(adapter.scale for adapter in active)
+        for copy in copies:
+            snapshot.keep_values(surgery.own_variables(copy))
+        snapshot.keep(*active)
+        for adapter in active:
+            adapter.scale.assign(0.0)
+            adapter.disabled = True
+        for copy in copies:
+            copy.take_base()
+        surgery.forget_compiled(retraced)
     try:
         yield model
     finally:
-        for adapter, scale in zip(active, scales):
-            adapter.scale.assign(scale)
-            adapter.disabled = False
-        surgery.forget_compiled(retraced)
+        insist(lambda: _enable(active, snapshot, retraced))
+
+
+def _enable(active, snapshot, retraced):
+    snapshot.restore_values()
+    for adapter in active:
+        adapter.disabled = False
+    surgery.forget_compiled(retraced)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_spectral import surgery
 from keras_spectral._evaluate import check_data
+from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.checks import check_rank
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
@@ -17,6 +18,7 @@ from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
 from keras_spectral.spectra import Triplets
 from keras_spectral.wrap import adapter_places
+from keras_spectral.wrap import put
 from keras_spectral.wrap import require_adapters
 
 
@@ -179,12 +181,8 @@ def drop(model: keras.Model, adapters: list[AdapterLayer]) -> None:
     """Takes some adapters off; their bases stay frozen like the others."""
     if not adapters:
         return
-    swaps = {adapter: adapter.layer for adapter in adapters}
-    models = surgery.replace_layers(model, swaps, renew_optimizers=True)
-    for adapter in adapters:
-        adapter.release()
-        adapter.freeze_base()
-    surgery.forget_compiled(models)
+    with all_or_nothing() as snapshot:
+        put(model, {adapter: adapter.layer for adapter in adapters}, snapshot)
 
 
 def _lora_pair(adapter, rank):
@@ -215,21 +213,14 @@ def exchange(
         make: Gives for an old adapter the new one, unbuilt, and what fills
             it once it is built.
     """
-    swaps, released = {}, []
+    swaps: dict = {}
     paths: collections.Counter = collections.Counter()
-    try:
+    with all_or_nothing() as snapshot:
+        snapshot.keep_flags(surgery.all_layers(model))
         for old in adapters:
-            old.release()
-            released.append(old)
             swaps[old], fill = make(old)
             surgery.build_in_place(swaps[old], paths[old.layer.path])
+            swaps[old].take_base_from(old)
             paths[old.layer.path] += 1
             fill()
-        models = surgery.replace_layers(model, swaps, renew_optimizers=True)
-    except Exception:
-        for new in swaps.values():
-            new.release()
-        for old in released:
-            old.hold()
-        raise
-    surgery.forget_compiled(models)
+        put(model, swaps, snapshot)

@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.host import Host
 from keras_spectral.surgery import sublayers
 
 _MAX_SHOWN = 8
@@ -81,19 +81,6 @@ def match_paths(candidates: list[Place], pattern: str) -> list[Place]:
     return found or [p for p in candidates if regex.fullmatch(p.key)]
 
 
-def require_match(
-    candidates: list[Place], pattern: str, argument: str
-) -> list[Place]:
-    """The same; a ValueError that names the argument if there is none."""
-    found = match_paths(candidates, pattern)
-    if not found:
-        raise ValueError(
-            f"{argument} has {pattern!r}, which matches none of the layers "
-            f"here: {describe(candidates)}."
-        )
-    return found
-
-
 def describe(candidates: list[Place]) -> str:
     """A few paths, for messages."""
     if not candidates:
@@ -104,8 +91,8 @@ def describe(candidates: list[Place]) -> str:
 
 
 def subject(layer):
-    """The layer itself, or the base of an adapter."""
-    return layer.layer if isinstance(layer, AdapterLayer) else layer
+    """The layer itself, or the base of an adapter or a trained copy."""
+    return layer.layer if isinstance(layer, Host) else layer
 
 
 def _plain_name(layer):

@@ -2,15 +2,18 @@
 
 Keras addresses a layer from many places: attributes and containers of its
 owners, their trackers, PyTorch's module and parameter tables, TensorFlow's
-checkpoint names, and the nodes and lists of functional graphs. All live
-owners are found through the garbage collector, so a second model that shares
-a layer sees the change as well.
+checkpoint names, and the nodes and lists of functional graphs. Owners are
+looked for in the model's own tree and in the trees of models that were met
+before (`remember`); the heap is searched only for what is above a model that
+has been called as a layer of another one.
 """
 
 import contextlib
 import gc
 import inspect
+import weakref
 from collections.abc import Callable
+from collections.abc import Iterable
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute
@@ -19,6 +22,10 @@ from keras.src.ops.function import make_node_key
 from keras.src.ops.node import KerasHistory
 from keras.src.utils.tracking import DotNotTrackScope
 
+from keras_spectral._internal.snapshot import Snapshot
+
+# Models that were changed before: they may share layers with others.
+_KNOWN: weakref.WeakSet = weakref.WeakSet()
 _COMPILED = (
     "train_function",
     "test_function",
@@ -119,36 +126,45 @@ def take_signature(layer: keras.layers.Layer, base: keras.layers.Layer) -> None:
     )
 
 
+def takes_training(layer: keras.layers.Layer) -> bool:
+    """Whether a layer's `call` has an argument `training`."""
+    return bool(layer._call_has_training_arg)
+
+
+def remember(model: keras.layers.Layer) -> None:
+    """Lets later changes of shared layers reach this model as well."""
+    _KNOWN.add(model)
+
+
 def replace_layers(
-    model: keras.Model,
+    owners: list[keras.layers.Layer],
     swaps: dict[keras.layers.Layer, keras.layers.Layer],
+    snapshot: Snapshot,
     renew_optimizers: bool = False,
-) -> list[keras.Model]:
+) -> None:
     """Puts layers in the place of others, everywhere, all at once.
 
     Args:
-        model: A model that holds the layers; others are found by themselves.
+        owners: What `owners` gave for a model that holds the layers.
         swaps: `{old layer: new layer}`. A new layer may own its old one.
+        snapshot: Keeps what is changed, to be brought back after a failure.
         renew_optimizers: Whether models get an unbuilt copy of their built
             optimizer, which knows nothing of the old variables.
-
-    Returns:
-        The live models that hold one of the layers.
     """
-    operations = _live_operations(model)
-    above = _owners_above(operations, swaps)
+    above = _owners_above(owners, swaps)
     models = [x for x in above if isinstance(x, keras.Model)]
     # All that can fail for a model's own reasons comes before any change.
-    optimizers = _fresh_optimizers(models) if renew_optimizers else {}
+    optimizers = _fresh_optimizers(models, swaps) if renew_optimizers else {}
+    snapshot.keep(*above, *swaps, *swaps.values())
     mapping = {id(old): (old, new) for old, new in swaps.items()}
     swapped = {id(layer) for pair in swaps.items() for layer in pair}
     keys = {}
     for old, new in swaps.items():
-        keys.update(_move_nodes(old, new))
-    for owner in operations:
+        keys.update(_move_nodes(old, new, snapshot))
+    for owner in owners:
         # Between a wrapper and its own base nothing is to be exchanged.
         if id(owner) not in swapped:
-            _replace_in(owner, mapping, keys)
+            _replace_in(owner, mapping, keys, snapshot)
     for owner in [*swaps.values(), *above]:
         # PyTorch's `zero_grad` and `parameters` look here.
         if hasattr(owner, "_torch_params"):
@@ -156,7 +172,14 @@ def replace_layers(
     for model, optimizer in optimizers.items():
         with DotNotTrackScope():
             model.optimizer = optimizer
-    return models
+
+
+def models_above(
+    owners: list[keras.layers.Layer], layers: Iterable[keras.layers.Layer]
+) -> list[keras.Model]:
+    """The models among owners in whose trees one of the layers is."""
+    above = _owners_above(owners, layers)
+    return [x for x in above if isinstance(x, keras.Model)]
 
 
 def forget_compiled(models: list[keras.Model]) -> None:
@@ -171,17 +194,20 @@ def forget_compiled(models: list[keras.Model]) -> None:
                 model._compiled_trainable_state = state
 
 
-def _live_operations(model):
-    """Every operation of the process, `model`'s own in any case."""
-    kinds, queue = set(), [keras.Operation]
-    while queue:
-        kind = queue.pop()
-        if kind not in kinds:
-            kinds.add(kind)
-            queue += kind.__subclasses__()
-    # The collector leaves out what `gc.freeze` has set aside.
-    found = {id(x): x for x in gc.get_objects() if type(x) in kinds}
-    found |= {id(x): x for x in model._flatten_layers()}
+def owners(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """All layers that may hold one of a model's: its tree, known models'."""
+    roots = {id(model): model, **{id(known): known for known in list(_KNOWN)}}
+    if model._inbound_nodes:
+        # It has a place in another model's graph, which nothing leads to.
+        for other in gc.get_objects():
+            if issubclass(type(other), keras.Model):
+                roots[id(other)] = other
+    inside = {id(layer) for layer in model._flatten_layers()}
+    found = {}
+    for root in roots.values():
+        tree = list(root._flatten_layers())
+        if root is model or any(id(layer) in inside for layer in tree):
+            found |= {id(layer): layer for layer in tree}
     return list(found.values())
 
 
@@ -200,7 +226,7 @@ def _owners_above(operations, layers):
     return list(above.values())
 
 
-def _fresh_optimizers(models):
+def _fresh_optimizers(models, swaps):
     fresh = {}
     for model in models:
         optimizer = getattr(model, "optimizer", None)
@@ -210,9 +236,11 @@ def _fresh_optimizers(models):
     return fresh
 
 
-def _move_nodes(old, new):
+def _move_nodes(old, new, snapshot):
     """Hands over the graph nodes; returns renamed node keys."""
     keys = {}
+    for node in old._inbound_nodes:
+        snapshot.keep(node, *node.outputs)
     new._inbound_nodes, old._inbound_nodes = old._inbound_nodes, []
     new._outbound_nodes, old._outbound_nodes = old._outbound_nodes, []
     for index, node in enumerate(new._inbound_nodes):
@@ -225,14 +253,19 @@ def _move_nodes(old, new):
     return keys
 
 
-def _replace_in(owner, mapping, keys):
+def _replace_in(owner, mapping, keys, snapshot):
+    stores = [vars(owner), vars(owner).get("_modules") or {}]
+    named = keys and isinstance(vars(owner).get("_nodes"), set)
+    if not named and not any(_holds(list(s.values()), mapping) for s in stores):
+        return
+    snapshot.keep(owner)
     tracker = getattr(owner, "_tracker", None)
     if tracker is not None:
         for key in tracker.stored_ids["layers"] & mapping.keys():
             tracker.replace_tracked_value("layers", *mapping[key])
     # PyTorch keeps modules apart from the other attributes.
-    for store in (vars(owner), vars(owner).get("_modules")):
-        for name, value in list((store or {}).items()):
+    for store in stores:
+        for name, value in list(store.items()):
             if name in ("_tracker", "_modules"):
                 continue
             swapped = _swapped(value, mapping, set())
@@ -241,8 +274,18 @@ def _replace_in(owner, mapping, keys):
                 # own are kept above.
                 with DotNotTrackScope():
                     setattr(owner, name, swapped)
-    if keys and isinstance(vars(owner).get("_nodes"), set):
+    if named:
         owner._nodes = {keys.get(key, key) for key in owner._nodes}
+
+
+def _holds(value, mapping, depth=8):
+    """Whether a container holds, at any depth, one of the layers."""
+    if id(value) in mapping:
+        return True
+    if not depth or not isinstance(value, (list, dict, tuple, set)):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return any(_holds(item, mapping, depth - 1) for item in items)
 
 
 def _swapped(value, mapping, seen):

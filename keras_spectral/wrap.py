@@ -3,14 +3,29 @@
 import collections
 import contextlib
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 
 import keras
 
 from keras_spectral import surgery
+from keras_spectral._backend import scope_of
+from keras_spectral._internal.snapshot import Snapshot
+from keras_spectral._internal.snapshot import all_or_nothing
+from keras_spectral._internal.snapshot import insist
+from keras_spectral.adapted import config_before
+from keras_spectral.adapted import freeze_all_but
+from keras_spectral.adapted import set_classes
+from keras_spectral.adapted import tree
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import is_small
+from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.host import Host
+from keras_spectral.layers.host import TrainedCopy
 from keras_spectral.options import adapter_class_of
 from keras_spectral.options import check_options
 from keras_spectral.options import options_per_layer
@@ -25,6 +40,7 @@ from keras_spectral.spectra import factorize
 
 # What was trainable before a model was first wrapped, by layer.
 _FLAGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_LOST = 0.01  # share of a correction that merging may lose without a word
 
 
 def wrap_model(
@@ -113,20 +129,29 @@ def unwrap_model(model: keras.Model) -> keras.Model:
     """Drops all adapters: the very same base layers are back, unchanged.
 
     Returns:
-        The model, with the `trainable` flags it had before it was wrapped.
+        The model, with the `trainable` flags and the heads it had before it
+        was wrapped.
 
     Raises:
         ValueError: The model has no adapters.
     """
-    _take_off(model, require_adapters(model))
+    require_adapters(model)
+    with all_or_nothing() as snapshot:
+        take_off(model, snapshot)
     return model
 
 
-def merge_model(model: keras.Model) -> keras.Model:
+def merge_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
     """Folds all adapters into their base kernels: plain Keras layers again.
 
-    Outputs stay what they were. All kernels are checked before the first one
-    is written.
+    Outputs stay what they were, and what trained beside the adapters becomes
+    the model's own. A 16-bit kernel rounds what it gains: a warning says
+    where that eats more than 1 % of the correction.
+
+    Args:
+        model: A wrapped model.
+        dtype: `"float32"` gives adapted layers of 16 bits a kernel that
+            rounds nothing; they then compute in it as well.
 
     Returns:
         The model, with the `trainable` flags it had before it was wrapped.
@@ -137,12 +162,82 @@ def merge_model(model: keras.Model) -> keras.Model:
             changed then.
     """
     adapters = require_adapters(model)
-    for adapter in adapters:
-        adapter.merged_matrix()
-    for adapter in adapters:
-        adapter.merge()
-    _take_off(model, adapters)
+    check_choice(dtype, "dtype", (None, "float32", "float64"))
+    with all_or_nothing() as snapshot:
+        wide = {}
+        if dtype is not None:
+            small = [a for a in adapters if is_small(a.layer.variable_dtype)]
+            wide = {a.layer: a.merged_matrix() for a in small}
+        losses = fold_all(model, snapshot)
+        if not wide:
+            warn_of_rounding(losses)
+        take_off(model, snapshot)
+        if wide:
+            swaps = {x: _widened(x, dtype, m) for x, m in wide.items()}
+            put(model, swaps, snapshot)
     return model
+
+
+def fold_all(model: keras.Model, snapshot: Snapshot) -> dict[str, float]:
+    """Writes adapters and trained copies into their bases.
+
+    Returns:
+        For each adapter's path the share of the correction that was lost.
+    """
+    for host in hosts(model):
+        if isinstance(host, AdapterLayer):
+            host.check_active()
+    snapshot.keep_values(base_weights(model))
+    losses = {}
+    for place in places(model):
+        if isinstance(place.layer, AdapterLayer):
+            losses[place.path] = place.layer.merge()
+        elif isinstance(place.layer, TrainedCopy):
+            place.layer.fold()
+    return losses
+
+
+def warn_of_rounding(losses: dict[str, float]) -> None:
+    """Warns of corrections that a kernel of few bits could not take."""
+    lost = {path: loss for path, loss in losses.items() if loss > _LOST}
+    if lost:
+        worst = max(lost, key=lost.get)
+        warnings.warn(
+            f"Rounding to the kernels' 16 bits lost {100 * lost[worst]:.0f} % "
+            f"of the correction at '{worst}', and more than {100 * _LOST:.0f} "
+            f"% in {len(lost)} of {len(losses)} layers. Keep the adapters, or "
+            "use `merge_model(model, dtype='float32')`.",
+            stacklevel=3,
+        )
+
+
+def _widened(layer, dtype, matrix):
+    """An equal layer of another dtype with a kernel from a matrix."""
+    config = {**layer.get_config(), "dtype": dtype}
+    wide = type(layer).from_config(config)
+    wide.build(layer.get_build_config()["input_shape"])
+    for new, old in zip(wide.weights, layer.weights):
+        new.assign(keras.ops.cast(old, new.dtype))
+    kernel_view(wide).assign(matrix)
+    return wide
+
+
+def base_weights(model: keras.Model) -> list[keras.Variable]:
+    """The weights of the layers inside of a model's hosts."""
+    return [
+        weight
+        for host in hosts(model)
+        for weight in (
+            host.layer.weights
+            if isinstance(host, AdapterLayer)
+            else surgery.own_variables(host.layer)
+        )
+    ]
+
+
+def hosts(model: keras.Model) -> list[Host]:
+    """A model's adapters and trained copies."""
+    return [p.layer for p in places(model) if isinstance(p.layer, Host)]
 
 
 def adapter_places(
@@ -189,22 +284,26 @@ def wrap_places(
     requests: list[tuple[Place, type[AdapterLayer], dict]],
     kept: list[Place],
     prepare: Callable[[list[AdapterLayer]], None] = give_triplets,
-    fill: Callable[[list[AdapterLayer]], None] = lambda adapters: None,
+    fill: Callable[[dict], None] = lambda made: None,
 ) -> None:
     """Wraps chosen places, all or none.
 
     Args:
         model: The model they are in.
         requests: For each place the adapter class and its options.
-        kept: Places that stay trainable.
+        kept: Places that stay trainable, as copies of themselves.
         prepare: Called with the adapters before they are built.
-        fill: Called with the built adapters before they are put in place.
+        fill: Called before they are put in place with `{layer: built host}`.
     """
     for adapter_class in {adapter_class for _, adapter_class, _ in requests}:
         adapter_class.check_model(model)
-    flags = {id(x): surgery.trainable_flags(x) for x in _tree(model)}
-    adapters = {}
-    try:
+    with all_or_nothing() as snapshot, scope_of(model):
+        _keep_all(model, snapshot)
+        if not hosts(model):
+            for layer in tree(model):
+                _FLAGS.pop(layer, None)
+        flags = {id(x): surgery.trainable_flags(x) for x in tree(model)}
+        adapters = {}
         for place, adapter_class, options in requests:
             with _named(place):
                 adapters[place.layer] = adapter_class(place.layer, **options)
@@ -213,25 +312,105 @@ def wrap_places(
         together = [*made, *(p.layer for p in adapter_places(model))]
         for kind in {type(adapter) for adapter in made}:
             kind.connect([a for a in together if type(a) is kind])
+        copies = {
+            place.layer: TrainedCopy(place.layer)
+            for place in kept
+            if _has_weights(place.layer) and place.layer not in adapters
+        }
+        swaps = {**adapters, **copies}
         paths = collections.Counter()
-        for place, _, _ in requests:
-            with _named(place):
+        for place in (*(place for place, _, _ in requests), *kept):
+            if place.layer in swaps and not swaps[place.layer].built:
                 twin = paths[place.layer.path]
-                surgery.build_in_place(adapters[place.layer], twin)
-            paths[place.layer.path] += 1
-        fill(made)
+                with _named(place):
+                    surgery.build_in_place(swaps[place.layer], twin)
+                paths[place.layer.path] += 1
+        fill(swaps)
         warn_if_larger(requests, made)
-        tree = _tree(model)
-        models = surgery.replace_layers(model, adapters, renew_optimizers=True)
-    except Exception:
-        for adapter in adapters.values():
-            adapter.release()
-        raise
-    for layer in tree:
-        if not isinstance(layer, AdapterLayer):
+        before = [x for x in tree(model) if not isinstance(x, Host)]
+        put(model, swaps, snapshot)
+        for layer in before:
             _FLAGS.setdefault(layer, flags[id(layer)])
-    freeze_all_but(model, [place.layer for place in kept])
-    surgery.forget_compiled(models)
+        freeze_all_but(
+            model, [copies.get(place.layer, place.layer) for place in kept]
+        )
+
+
+def put(
+    model: keras.Model, swaps: dict, snapshot: Snapshot, renew: bool = True
+) -> None:
+    """Puts layers in the place of others, with all that follows from it.
+
+    Args:
+        model: The model they are in.
+        swaps: `{old layer: new layer}`.
+        snapshot: Keeps what is changed.
+        renew: Whether built optimizers are replaced by fresh ones.
+    """
+    owners = surgery.owners(model)
+    above = surgery.models_above(owners, swaps)
+    configs = {x: config_before(x) for x in above}
+    surgery.replace_layers(owners, swaps, snapshot, renew)
+    set_classes(configs)
+    surgery.forget_compiled(above)
+    surgery.remember(model)
+
+
+def take_off(model: keras.Model, snapshot: Snapshot) -> None:
+    """Puts all bases back, with the flags that they had."""
+    _put_bases(model, snapshot)
+    for layer in tree(model):
+        _FLAGS.pop(layer, None)
+
+
+@contextlib.contextmanager
+def bases_in_place(model: keras.Model) -> Iterator[None]:
+    """The base layers are in the model for as long as the block lasts."""
+    flags = Snapshot()
+    flags.keep_flags(surgery.all_layers(model))
+    with all_or_nothing() as snapshot:
+        inside = _put_bases(model, snapshot, renew=False)
+    try:
+        yield
+    finally:
+        insist(lambda: _put_hosts(model, inside, flags))
+
+
+def _put_bases(model, snapshot, renew=True):
+    _keep_all(model, snapshot)
+    swaps = {host: host.layer for host in hosts(model)}
+    put(model, swaps, snapshot, renew)
+    for host in swaps:
+        host.free_base()
+    for layer in tree(model):
+        if layer in _FLAGS:
+            surgery.set_trainable(layer, *_FLAGS[layer])
+    return swaps
+
+
+def _put_hosts(model, inside, flags):
+    """Puts those hosts back whose bases are still there."""
+    with all_or_nothing() as snapshot:
+        swaps = {host.layer: host for host in inside}
+        there = {id(layer) for layer in surgery.all_layers(model)}
+        if not any(id(host) in there for host in inside):
+            put(model, swaps, snapshot, renew=False)
+        for host in inside:
+            host.keep_base_frozen()
+        flags.restore()
+
+
+def _keep_all(model, snapshot):
+    """Keeps flags, and the values that adapters share or count."""
+    snapshot.keep_flags(surgery.all_layers(model))
+    snapshot.keep(*hosts(model))
+    for place in adapter_places(model):
+        own = place.layer._non_trainable_variables
+        snapshot.keep_values(w for w in own if not w.shape)
+
+
+def _has_weights(layer):
+    return not isinstance(layer, Host) and bool(layer._trainable_variables)
 
 
 @contextlib.contextmanager
@@ -241,15 +420,6 @@ def _named(place):
         yield
     except ValueError as error:
         raise ValueError(f"At '{place.path}': {error}") from error
-
-
-def _take_off(model, adapters):
-    swaps = {adapter: adapter.layer for adapter in adapters}
-    models = surgery.replace_layers(model, swaps, renew_optimizers=True)
-    for adapter in adapters:
-        adapter.release()
-    _restore_flags(model)
-    surgery.forget_compiled(models)
 
 
 def _check_model(model):
@@ -273,33 +443,3 @@ def _check_chosen(model, chosen):
             "weights yet. Call it on a batch or use `build(input_shape)`, "
             "then wrap."
         )
-
-
-def _tree(model):
-    return [model, *(place.layer for place in places(model))]
-
-
-def _restore_flags(model):
-    for layer in _tree(model):
-        if layer in _FLAGS:
-            surgery.set_trainable(layer, *_FLAGS.pop(layer))
-
-
-def freeze_all_but(
-    model: keras.Model, kept: Iterable[keras.layers.Layer]
-) -> None:
-    """Freezes all but adapters, `kept` layers and the way down to them."""
-    kept = {id(layer) for layer in kept}
-    active = {}
-
-    def is_active(layer):
-        if id(layer) not in active:
-            active[id(layer)] = False
-            below = [is_active(child) for child in surgery.sublayers(layer)]
-            here = isinstance(layer, AdapterLayer) or id(layer) in kept
-            active[id(layer)] = here or any(below)
-        return active[id(layer)]
-
-    for layer in _tree(model):
-        if not isinstance(layer, AdapterLayer):
-            surgery.set_trainable(layer, is_active(layer), id(layer) in kept)

@@ -3,10 +3,11 @@
 from keras import ops
 
 from keras_spectral import surgery
-from keras_spectral.blocks.detours import detours
+from keras_spectral._internal.twin import rerouted
 from keras_spectral.blocks.kinds import BlockView
 from keras_spectral.blocks.kinds import require_kind
 from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.host import Host
 
 
 class Run:
@@ -37,10 +38,10 @@ class Run:
 class BlockAdapter(AdapterLayer):
     """Base class of adapters around a transformer block.
 
-    While the block runs, some of its pieces (a projection, the attention
-    itself, the end of the feed-forward net) run through code of the adapter:
-    `detours` names them. The block's own layers stay where they are, so what
-    is inside of a wrapped block can be wrapped as well.
+    The adapter runs a twin of the block, some of whose pieces (a projection,
+    the attention itself, the end of the feed-forward net) run through code
+    of the adapter: `detours` names them. The block itself stays as it is, so
+    several threads can run it, and what is inside can be wrapped as well.
 
     A method supplies its weights (`build_adapter`) and `detours`;
     `self.view` is a `BlockView`. Blocks cannot be merged, because what is
@@ -62,7 +63,6 @@ class BlockAdapter(AdapterLayer):
     """
 
     default_target = "blocks"
-    held = ()
     merges = False
     opens_base = True
 
@@ -83,23 +83,19 @@ class BlockAdapter(AdapterLayer):
         inputs = (*args, *kwargs.values())[0]
         run = Run(inputs, self.view.padding(args, kwargs), training)
         self.begin(run)
-        with detours(self.detours(run)):
-            outputs = self.layer(*args, **kwargs)
-        return self.end(outputs, run)
+        block = rerouted(self.layer, self.detours(run))
+        return self.end(block(*args, **kwargs), run)
 
     def begin(self, run):
         """What comes before the block."""
 
     def detours(self, run):
-        """What runs differently inside of the block, see `detours`."""
+        """What runs differently inside of the block, see `rerouted`."""
         raise NotImplementedError
 
     def end(self, outputs, run):
         """What the adapter returns for the block's outputs."""
         return outputs
-
-    def compute_output_spec(self, *args, training=None, **kwargs):
-        return self.layer.compute_output_spec(*args, **kwargs)
 
     def freeze_base(self):
         """Keeps the block's weights from training, adapters inside excepted."""
@@ -120,7 +116,7 @@ class BlockAdapter(AdapterLayer):
 
 
 def _freeze(layer):
-    if isinstance(layer, AdapterLayer):
+    if isinstance(layer, Host):
         return
     surgery.set_trainable(layer, False, False)
     for child in surgery.sublayers(layer):

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
+from keras_spectral._internal.twin import Detour
 from keras_spectral.blocks.block_adapter import BlockAdapter
-from keras_spectral.blocks.detours import Detour
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
 from keras_spectral.blocks.parts import spread
@@ -29,8 +29,12 @@ class BottleneckAdapter(BlockAdapter):
     size -> width that starts at zero, so the block starts as the base.
     What z is says `placement`:
 
-    - `"pfeiffer"`: the feed-forward net's output, before the residual sum;
-    - `"houlsby"`: that and, by a second net, the attention's output;
+    - `"pfeiffer"`: with a the feed-forward net's residual input,
+      `z = LN(ffn(a) + a)` by the block's own norm, and the block ends with
+      `LN(ffn(a) + a + strength * up(f(down(z))))`; a pre-LN block has no
+      norm there, neither in z nor at its end;
+    - `"houlsby"`: the feed-forward net's output before the residual sum and,
+      by a second net, the attention's output;
     - `"parallel"`: the feed-forward net's input, and the result joins its
       output: `ffn(z) + strength * up(f(down(z)))`;
     - `"post"`: the block's output.
@@ -121,22 +125,20 @@ class BottleneckAdapter(BlockAdapter):
 
         if self.placement == "post":
             return []
+        if self.placement == "pfeiffer":
+            return self.net.around_norm(self.view.norm, strength)
         first, last = self.view.slot("first"), self.view.slot("last")
         if self.placement == "parallel":
             return self.net.beside(first, last, strength)
+        output = self.view.slot("output")
         found = self.net.after(last, strength)
-        if self.placement == "houlsby":
-            output = self.view.slot("output")
-            found += self.attention_net.after(output, strength)
-        return found
+        return found + self.attention_net.after(output, strength)
 
     def end(self, outputs, run):
-        if self.placement != "post":
+        pre_norm = self.placement == "pfeiffer" and self.view.norm is None
+        if self.placement != "post" and not pre_norm:
             return outputs
-        several = isinstance(outputs, tuple)
-        z, *rest = outputs if several else [outputs]
-        z = z + self.net(z) * spread(self.scale, z)
-        return (z, *rest) if several else z
+        return self.net.at_end(outputs, lambda z: self.scale)
 
 
 class Bottleneck:
@@ -165,14 +167,37 @@ class Bottleneck:
             outputs = outputs * ops.cast(self.channels, outputs.dtype)
         return outputs
 
+    def added(self, z, strength):
+        """What joins an output: `strength * net(z)`, zero if that is 0."""
+        strength = spread(strength, z)
+        on = ops.not_equal(strength, 0)
+        return ops.where(on, self(z) * strength, ops.zeros((), z.dtype))
+
     def after(self, slot, strength) -> list[Detour]:
         """Joins the output of a piece: `z + strength(z) * net(z)`."""
 
         def joined(original, *args, **kwargs):
             z = original(*args, **kwargs)
-            return z + self(z) * spread(strength(z), z)
+            return z + self.added(z, strength(z))
 
-        return [(*slot, joined)]
+        return [(slot, joined)]
+
+    def around_norm(self, slot, strength) -> list[Detour]:
+        """Joins the sum before a norm, computed from the norm's output."""
+
+        def joined(original, total, *args, **kwargs):
+            z = original(total, *args, **kwargs)
+            more = self.added(z, strength(z))
+            return original(total + more, *args, **kwargs)
+
+        return [] if slot is None else [(slot, joined)]
+
+    def at_end(self, outputs, strength):
+        """Joins a block's outputs, or the first of several."""
+        several = isinstance(outputs, tuple)
+        z, *rest = outputs if several else [outputs]
+        z = z + self.added(z, strength(z))
+        return (z, *rest) if several else z
 
     def beside(self, first, last, strength) -> list[Detour]:
         """Joins the output of `last`, computed from the input of `first`."""
@@ -184,6 +209,6 @@ class Bottleneck:
 
         def joined(original, *args, **kwargs):
             outputs, z = original(*args, **kwargs), seen.pop()
-            return outputs + self(z) * spread(strength(z), outputs)
+            return outputs + self.added(z, strength(z))
 
-        return [(*first, see), (*last, joined)]
+        return [(first, see), (last, joined)]

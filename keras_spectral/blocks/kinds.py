@@ -10,6 +10,7 @@ from keras import ops
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.host import Host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,10 @@ class BlockKind:
         first: Attribute with the feed-forward net's first linear layer, which
             takes its input; None without a feed-forward net.
         last: Attribute with its last linear layer, which gives its output.
+        norm: Attribute with the norm that follows the sum of the feed-forward
+            net's input and output, where the block ends with one (post-LN).
+            It does not count in a block whose `normalize_first` is true. None
+            if the block ends with the sum.
         mask: Name of the call argument with the padding mask (batch, tokens),
             or None.
     """
@@ -55,6 +60,7 @@ class BlockKind:
     first: str | None = "_feedforward_intermediate_dense"
     last: str | None = "_feedforward_output_dense"
     mask: str | None = "padding_mask"
+    norm: str | None = None
 
 
 _PUBLIC = AttentionKind(
@@ -81,12 +87,13 @@ _ATTENTIONS: dict[str | type, AttentionKind] = {
         attend=None,
     ),
 }
+_NORM = "_feedforward_layer_norm"
 _DECODER = BlockKind(mask="decoder_padding_mask")
 _GEMMA = BlockKind("attention", "gating_ffw", "ffw_linear")
 _BLOCKS: dict[str | type, BlockKind] = {
-    "TransformerEncoder": BlockKind(),
-    "TransformerDecoder": _DECODER,
-    "DisentangledAttentionEncoder": BlockKind(),
+    "TransformerEncoder": BlockKind(norm=_NORM),
+    "TransformerDecoder": BlockKind(mask="decoder_padding_mask", norm=_NORM),
+    "DisentangledAttentionEncoder": BlockKind(norm=_NORM),
     "LlamaTransformerDecoder": _DECODER,
     "MistralTransformerDecoder": _DECODER,
     "QwenTransformerDecoder": _DECODER,
@@ -201,7 +208,7 @@ class BlockView:
     def __init__(self, block: keras.layers.Layer):
         self.block = block
         self.kind = require_kind(block)
-        self.attention = _follow(block, self.kind.attention)
+        self.attention = subject(_follow(block, self.kind.attention))
         self.attention_kind = _lookup(_ATTENTIONS, block) or _lookup(
             _ATTENTIONS, self.attention
         )
@@ -213,15 +220,15 @@ class BlockView:
             )
         self.width = self.linear("output").n_out
 
-    def slot(self, part: str) -> tuple[keras.layers.Layer, str]:
-        """The owner and the attribute of a part.
+    def slot(self, part: str) -> str:
+        """The path of a part below the block.
 
         Args:
-            part: "attention", "query", "key", "value", "output", "first" or
-                "last".
+            part: "attention", "query", "key", "value", "output", "first",
+                "last", or the name of an attribute of the attention layer.
         """
         if part == "attention":
-            return self._slot(self.kind.attention)
+            return self.kind.attention
         if part in ("first", "last"):
             path = getattr(self.kind, part)
             if path is None:
@@ -230,19 +237,22 @@ class BlockView:
                     "feed-forward net that is known. Describe the whole block "
                     "by `ks.blocks.register_block`, or leave this part out."
                 )
-            return self._slot(path)
-        return self.attention, getattr(self.attention_kind, part)
+            return path
+        name = getattr(self.attention_kind, part, part)
+        return ".".join(filter(None, (self.kind.attention, name)))
 
-    def _slot(self, path):
-        above, _, name = path.rpartition(".")
-        return _follow(self.block, above), name
+    @property
+    def norm(self) -> str | None:
+        """The path of the norm that ends the block, None without one."""
+        first = getattr(self.block, "normalize_first", False)
+        return None if first else self.kind.norm
 
     def linear(self, part: str) -> KernelView:
         """A part as a matrix, seen through an adapter of its own."""
-        layer = getattr(*self.slot(part))
+        layer = _follow(self.block, self.slot(part))
         if isinstance(layer, AdapterLayer):
             return layer.view
-        return kernel_view(layer)
+        return kernel_view(subject(layer))
 
     def padding(self, args, kwargs):
         """The padding mask (batch, tokens) of a call, or None."""
@@ -266,6 +276,13 @@ def _lookup(table, layer):
         if cls.__name__ in table and home in ("keras", "keras_hub"):
             return table[cls.__name__]
     return None
+
+
+def subject(layer):
+    """The layer itself, or what is inside of its hosts."""
+    while isinstance(layer, Host):
+        layer = layer.layer
+    return layer
 
 
 def _follow(layer, path):

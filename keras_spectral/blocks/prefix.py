@@ -5,9 +5,9 @@ import inspect
 import keras
 from keras import ops
 
+from keras_spectral._internal.twin import Detour
+from keras_spectral._internal.twin import rerouted_base
 from keras_spectral.blocks.block_adapter import BlockAdapter
-from keras_spectral.blocks.detours import Detour
-from keras_spectral.blocks.detours import detours
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
 from keras_spectral.checks import check_rank
@@ -145,13 +145,13 @@ class Prefix:
             return _t5_detours(self, view, strength, shown)
         return _attention_detours(self, view, strength, shown)
 
-    def before(self, key, value, strength):
+    def before(self, key, value, strength, shown):
         """Keys and values (batch, tokens, heads, size) with the prefix."""
         pairs = zip(self.keys_and_values(), (key, value))
-        return [_prepended(rows, x, strength) for rows, x in pairs]
+        return [_prepended(rows, x, strength, shown) for rows, x in pairs]
 
 
-def _prepended(rows, x, strength):
+def _prepended(rows, x, strength, shown):
     """`[strength * rows; x]` along the tokens.
 
     Args:
@@ -159,12 +159,17 @@ def _prepended(rows, x, strength):
             of these heads.
         x: (batch, tokens, heads, size).
         strength: A number or (batch,).
+        shown: The same; where it is 0 the rows are zero, whatever they hold.
     """
     length, size = rows.shape[0], x.shape[-1]
     rows = ops.reshape(rows, (1, length, -1, size))
     rows = ops.repeat(rows, x.shape[2] // rows.shape[2], axis=2)
-    strength = ops.reshape(ops.cast(strength, "float32"), (-1, 1, 1, 1))
-    rows = ops.cast(rows * strength, x.dtype)
+    strength, shown = (
+        ops.reshape(ops.cast(v, "float32"), (-1, 1, 1, 1))
+        for v in (strength, shown)
+    )
+    rows = ops.where(ops.not_equal(shown, 0), rows * strength, 0.0)
+    rows = ops.cast(rows, x.dtype)
     batch = ops.shape(x)[0]
     rows = ops.broadcast_to(rows, (batch, *rows.shape[1:]))
     return ops.concatenate([rows, x], axis=1)
@@ -193,7 +198,7 @@ def _attention_detours(prefix, view, strength, shown):
             mask = ops.ones((ops.shape(query)[0], *sizes), "bool")
             if call.arguments.pop("use_causal_mask", False):
                 mask = ops.tril(mask)
-        pair = prefix.before(key, value, strength())
+        pair = prefix.before(key, value, strength(), shown())
         call.arguments.update(zip(names[1:], pair))
         call.arguments["attention_mask"] = _widened(mask, shown(), length)
         return original(*call.args, **call.kwargs)
@@ -219,7 +224,7 @@ def _attention_detours(prefix, view, strength, shown):
         (kind.scores, score),
     ]
     return [
-        (owner, name, function)
+        (view.slot(name), function)
         for name, function in wanted
         if name is not None and hasattr(owner, name)
     ]
@@ -239,25 +244,25 @@ def _t5_detours(prefix, view, strength, shown):
 
     def attention(original, hidden, mask=None, **kwargs):
         cache, bias = kwargs.get("cache"), kwargs.get("position_bias")
-        pieces = [(owner, "compute_bias", relative)]
+        pieces = [("compute_bias", relative)]
         if cache is not None:
             pair = ops.unstack(cache, axis=1)
             kwargs["cache"] = ops.stack(
-                prefix.before(*pair, strength()), axis=1
+                prefix.before(*pair, strength(), shown()), axis=1
             )
             if kwargs.get("cache_update_index") is not None:
                 kwargs["cache_update_index"] += length
         else:
             pieces += [
-                (*view.slot("key"), projected(0)),
-                (*view.slot("value"), projected(1)),
+                (view.attention_kind.key, projected(0)),
+                (view.attention_kind.value, projected(1)),
             ]
         if bias is not None:
             kwargs["position_bias"] = unmasked(bias)
         if mask is not None:
             mask = _widened(mask, shown(), length)
-        with detours(pieces):
-            outputs, bias, cache = original(hidden, mask=mask, **kwargs)
+        layer = rerouted_base(original, pieces)
+        outputs, bias, cache = layer(hidden, mask=mask, **kwargs)
         if cache is not None:
             cache = cache[:, :, length:]
         return outputs, bias[..., length:], cache
@@ -273,7 +278,7 @@ def _t5_detours(prefix, view, strength, shown):
             )
             split = ops.reshape(outputs, shape)
             rows = prefix.keys_and_values()[index]
-            full = _prepended(rows, split, strength())
+            full = _prepended(rows, split, strength(), shown())
             return ops.reshape(full, (shape[0], -1, outputs.shape[-1]))
 
         return function
@@ -291,4 +296,4 @@ def _t5_detours(prefix, view, strength, shown):
         start = ops.maximum(cached - length, 0)
         return unmasked(original(queries, keys - length, start))
 
-    return [(*view.slot("attention"), attention)]
+    return [(view.slot("attention"), attention)]

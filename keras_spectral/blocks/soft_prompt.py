@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from keras_spectral import surgery
+from keras_spectral._internal.twin import rerouted_layer
 from keras_spectral.blocks.block_adapter import BlockAdapter
-from keras_spectral.blocks.detours import detours
 from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_rank
 from keras_spectral.checks import check_seed
@@ -117,8 +117,8 @@ class SoftPrompt(BlockAdapter):
             start = int(hasattr(self.layer, "cls_token_index"))
         stop = start + self.length
 
-        def embed(original, ids):
-            outputs = original(ids)
+        def embed(original, ids, **kwargs):
+            outputs = original(ids, **kwargs)
             shape = (ops.shape(outputs)[0], *self.prompt.shape)
             prompt = ops.broadcast_to(self.prompt, shape)
             prompt = ops.cast(prompt, outputs.dtype)
@@ -140,8 +140,8 @@ class SoftPrompt(BlockAdapter):
             inputs = {name: longer(name, x) for name, x in inputs.items()}
         else:
             inputs = longer("token_ids", inputs)
-        with detours([(self.view.embedding, "call", embed)]):
-            outputs = self.layer(inputs, **kwargs)
+        backbone = rerouted_layer(self.layer, self.view.embedding, embed)
+        outputs = backbone(inputs, **kwargs)
         return keras.tree.map_structure(shorter, outputs)
 
     def compute_output_spec(self, *args, **kwargs):

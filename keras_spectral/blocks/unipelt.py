@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
+from keras_spectral._internal.twin import Detour
 from keras_spectral.blocks.block_adapter import BlockAdapter
 from keras_spectral.blocks.bottleneck import Bottleneck
-from keras_spectral.blocks.detours import Detour
 from keras_spectral.blocks.gates import GATES
 from keras_spectral.blocks.gates import absolute
 from keras_spectral.blocks.gates import entropy
@@ -29,8 +29,10 @@ class UniPELTBlock(BlockAdapter):
 
     - LoRA on query and value: `y = base(x) + g x A B`, B zero at the start;
     - prefix: `attention(Q, [g P_k; K], [g P_v; V])`;
-    - adapter: `z + g up(relu(down(z)))`, z the feed-forward net's output, up
-      zero at the start.
+    - adapter: `LN(ffn(a) + a + g up(relu(down(z))))`, a the feed-forward
+      net's residual input, `z = LN(ffn(a) + a)` by the block's own norm (a
+      pre-LN block has none, neither in z nor at its end), up zero at the
+      start.
 
     The gates g, one number for each example, are by `gate`:
 
@@ -211,12 +213,16 @@ class UniPELTBlock(BlockAdapter):
                 lambda: self._shown(run),
             )
         if self.net is not None:
-            found += self.net.after(self.view.slot("last"), strength("adapter"))
+            found += self.net.around_norm(self.view.norm, strength("adapter"))
         if self.view.kind.attention:
-            found.append((*self.view.slot("attention"), _seen_by(run)))
+            found.append((self.view.slot("attention"), _seen_by(run)))
         return found
 
     def end(self, outputs, run):
+        if self.net is not None and self.view.norm is None:
+            outputs = self.net.at_end(
+                outputs, lambda z: self._gate("adapter", z, run) * self.scale
+            )
         gates = ops.stack([run.gates[name] for name in self.gate_names], axis=1)
         if run.training:
             self._add_penalty(gates)
@@ -328,9 +334,12 @@ class LowRankPart:
                 return outputs
             a, b = (ops.cast(w, x.dtype) for w in (self.a, self.b))
             delta = self.view.apply(x, a, b)
-            return outputs + delta * spread(strength(x), delta)
+            share = spread(strength(x), delta)
+            on = ops.not_equal(share, 0)
+            zero = ops.zeros((), delta.dtype)
+            return outputs + ops.where(on, delta * share, zero)
 
-        return [(*self.slot, adapted)]
+        return [(self.slot, adapted)]
 
 
 def _seen_by(run):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral.adapted import freeze_all_but
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_number
@@ -33,7 +34,6 @@ from keras_spectral.select import select
 from keras_spectral.select import without_halves
 from keras_spectral.spectra import LateProgress
 from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import freeze_all_but
 from keras_spectral.wrap import wrap_model
 
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 import keras
 
 from keras_spectral import surgery
+from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels import LowRank
 from keras_spectral.paths import places
 from keras_spectral.select import without_halves
+from keras_spectral.wrap import put
 
 _PACKAGE, _NAME = "keras_spectral", "CompressedModel"
 
@@ -91,10 +93,11 @@ def put_low_rank(
         config: What `plain_config` gave for it. With it, the model gets a
             class of its own that saves factorised layers beside it.
     """
-    models = surgery.replace_layers(model, swaps, renew_optimizers=True)
-    surgery.forget_compiled(models)
-    if config is not None:
-        _become_compressed(model, config)
+    with all_or_nothing() as snapshot:
+        put(model, swaps, snapshot)
+        if config is not None:
+            snapshot.keep(model)
+            _become_compressed(model, config)
 
 
 class _Compressed:
@@ -126,7 +129,8 @@ class _Compressed:
             base = plain[entry["position"]]
             layer.build(base.get_build_config()["input_shape"])
             swaps[base] = layer
-        surgery.replace_layers(model, swaps)
+        with all_or_nothing() as snapshot:
+            put(model, swaps, snapshot)
         return _become_compressed(model, config["base"])
 
 

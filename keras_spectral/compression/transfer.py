@@ -9,6 +9,8 @@ from keras_spectral.compression.saved import put_low_rank
 from keras_spectral.contexts import unwrapped
 from keras_spectral.kernels import LowRank
 from keras_spectral.layers import DecayingLoRA
+from keras_spectral.layers.host import TrainedCopy
+from keras_spectral.wrap import hosts
 from keras_spectral.wrap import require_adapters
 from keras_spectral.wrap import unwrap_model
 
@@ -45,6 +47,9 @@ def finalize_transfer(model: keras.Model) -> keras.Model:
     adapters = require_adapters(model)
     for adapter in adapters:
         _check_finished(adapter)
+    for copy in hosts(model):
+        if isinstance(copy, TrainedCopy):
+            copy.fold()
     with unwrapped(model):
         config = plain_config(model, [adapter.layer for adapter in adapters])
         swaps = {a.layer: _finished(a) for a in adapters}

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._internal.twin import twin
 from keras_spectral.checks import check_layer
 from keras_spectral.kernels.view import KernelView
 
@@ -85,10 +86,6 @@ class LowRank(keras.layers.Layer):
         """The activation of `up`."""
         return getattr(self.up, "activation", None)
 
-    @activation.setter
-    def activation(self, value):
-        self.up.activation = value
-
     def get_config(self):
         layers = {"down": self.down, "up": self.up}
         save = keras.saving.serialize_keras_object
@@ -117,6 +114,9 @@ class LowRankView(KernelView):
         self._sliced = down.groups > up.groups
         self.fan_in = self.n_in // up.groups
         self.max_rank = min(self.fan_in, self.n_out // up.groups)
+
+    def bare(self):
+        return twin(self.layer, up=self._up.bare(), activity_regularizer=None)
 
     def matrix(self):
         return ops.matmul(self._down.matrix(), self._up.matrix())

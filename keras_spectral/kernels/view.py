@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._internal.twin import without_ending
 from keras_spectral.linalg import nearest_pair
 
 _PROBE_ROWS = 512
@@ -34,6 +35,10 @@ class KernelView:
     @property
     def quantized(self) -> bool:
         return self.layer.quantization_mode is not None
+
+    def bare(self) -> keras.layers.Layer:
+        """A twin of the layer without activation, for one call."""
+        return without_ending(self.layer)
 
     def matrix(self):
         """The kernel as a matrix, in float32 or, for such a base, float64.
@@ -179,11 +184,11 @@ class KernelView:
         This reads any quantisation scheme through the layer's public call;
         unit vectors survive the quantisation of activations exactly.
         """
-        rows = []
+        rows, layer = [], self.bare()
         for start in range(0, self.n_in, _PROBE_ROWS):
             stop = min(start + _PROBE_ROWS, self.n_in)
             units = self._unit_inputs(start, stop)
-            answer = self.layer(units) - self.layer(ops.zeros_like(units))
+            answer = layer(units) - layer(ops.zeros_like(units))
             rows.append(self._probed_rows(answer, stop - start))
         return ops.cast(ops.concatenate(rows), "float32")
 

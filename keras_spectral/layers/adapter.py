@@ -9,8 +9,10 @@ from keras_spectral.checks import check_layer
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_seed
 from keras_spectral.checks import derived_seed
+from keras_spectral.checks import is_small
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels import view_class_of
+from keras_spectral.layers.host import Host
 from keras_spectral.spectra import Triplets
 from keras_spectral.spectra import factorize
 
@@ -37,7 +39,7 @@ def register_method(name: str):
     return register
 
 
-class AdapterLayer(keras.layers.Wrapper):
+class AdapterLayer(Host):
     """Base class of adapters: `y = activation(base(x) + delta(x))`.
 
     It takes one linear layer (the base), freezes it for good, and adds a
@@ -47,8 +49,8 @@ class AdapterLayer(keras.layers.Wrapper):
     dtypes and configuration live here. Attributes that the adapter lacks are
     the base's; the base's `kernel` (or `embeddings`) is the effective one.
 
-    Once built, the adapter holds the base's activation and activity
-    regularizer: `release` gives them back, `hold` takes them again.
+    The base itself keeps its activation: a twin without it computes
+    `base(x)`, see `Host`.
 
     Args:
         layer: The base: a layer that `keras_spectral.kernels` has a view of.
@@ -70,45 +72,30 @@ class AdapterLayer(keras.layers.Wrapper):
     merges = True  # whether the correction is one of the base's kernel
     default_target = "attention"
     dropout = 0.0
-    # What the base would apply to its own output. The adapter holds and
-    # applies it, because the correction enters before it.
-    held = ("activation", "activity_regularizer", "logit_soft_cap")
-    # Whether the layers inside of the base keep places of their own.
-    opens_base = False
     retraces = False  # whether it has to be compiled anew when switched off
 
     def __init__(self, layer, **kwargs):
-        if isinstance(layer, AdapterLayer):
+        if isinstance(layer, Host):
             raise ValueError(
                 f"Layer '{layer.name}' is already wrapped "
                 f"({type(layer).__name__}). Expected a plain layer; unwrap "
                 "or merge it first."
             )
         self.check_base(check_layer(layer))
-        kwargs.setdefault("name", layer.name)
-        kwargs.setdefault("dtype", _float_policy(layer))
-        kwargs.setdefault("autocast", layer.autocast)
         super().__init__(layer, **kwargs)
-        self.supports_masking = layer.supports_masking
         self.disabled = False
-        self._holding = False
         self._triplets = None
 
     def build(self, input_shape=None):
         super().build(input_shape)
-        self.hold()
-        try:
-            self.view = self.view_of(self.layer)
-            self.scale = self.add_weight(
-                name="scale",
-                shape=(),
-                initializer=keras.initializers.Constant(self.initial_scale()),
-                trainable=False,
-            )
-            self.build_adapter()
-        except Exception:
-            self.release()
-            raise
+        self.view = self.view_of(self.layer)
+        self.scale = self.add_weight(
+            name="scale",
+            shape=(),
+            initializer=keras.initializers.Constant(self.initial_scale()),
+            trainable=False,
+        )
+        self.build_adapter()
 
     @classmethod
     def check_base(cls, layer):
@@ -186,21 +173,29 @@ class AdapterLayer(keras.layers.Wrapper):
         return triplets
 
     def call(self, inputs, training=None, **kwargs):
-        outputs = self.layer(inputs, **kwargs)
+        outputs = self.view.bare()(inputs, **kwargs)
         delta = self.delta(inputs, training=training, **kwargs)
         outputs = outputs + ops.cast(delta, outputs.dtype)
         return self.finish(outputs, **kwargs)
 
     def delta(self, inputs, training=None, **kwargs):
         """The correction to the base's output, before the activation."""
-        a, b = self.factors()
-        a = ops.cast(a, self.compute_dtype)
-        b = ops.cast(b * self.scale, self.compute_dtype)
+        a, b = self.scaled(*self.factors())
         if training and self.dropout:
             inputs = keras.random.dropout(
                 inputs, self.dropout, seed=self.seed_generator
             )
         return self.view.apply(inputs, a, b, **kwargs)
+
+    def scaled(self, a, b):
+        """A pair in the compute dtype, the scale in B.
+
+        Switched off both are zero, whatever they hold: NaN times 0 is NaN.
+        """
+        a = ops.convert_to_tensor(a)
+        on = ops.not_equal(self.scale, 0.0)
+        a, b = ops.where(on, a, 0.0), ops.where(on, b * self.scale, 0.0)
+        return (ops.cast(x, self.compute_dtype) for x in (a, b))
 
     def factors(self):
         """The pair A (n_in x r), B (r x n_out) of the unscaled correction."""
@@ -208,12 +203,11 @@ class AdapterLayer(keras.layers.Wrapper):
 
     def finish(self, outputs, reverse=False):
         """What the base does to its output once the correction is in."""
-        cap = getattr(self, "logit_soft_cap", None)
+        cap = getattr(self.layer, "logit_soft_cap", None)
         if reverse and cap is not None:
             outputs = ops.tanh(outputs / cap) * cap
-        if getattr(self, "activation", None) is not None:
-            outputs = self.activation(outputs)
-        return outputs
+        activation = getattr(self.layer, "activation", None)
+        return outputs if activation is None else activation(outputs)
 
     def delta_matrix(self):
         """The matrix (n_in x n_out, float32) that the kernel gains."""
@@ -229,7 +223,8 @@ class AdapterLayer(keras.layers.Wrapper):
         """
         self.view.check_assignable()
         self.check_active()
-        matrix = self.view.matrix() + self.delta_matrix()
+        matrix = self.view.matrix()
+        matrix = matrix + ops.cast(self.delta_matrix(), matrix.dtype)
         if not ops.all(ops.isfinite(matrix)):
             raise ValueError(
                 f"The merged kernel of layer '{self.name}' holds NaN or "
@@ -246,35 +241,21 @@ class AdapterLayer(keras.layers.Wrapper):
                 "an active one: leave the `adapters_disabled` block first."
             )
 
-    def merge(self):
-        """Folds the correction into the base's kernel."""
-        self.view.assign(self.merged_matrix())
+    def merge(self) -> float:
+        """Folds the correction into the base's kernel.
 
-    def hold(self):
-        """Freezes the base and takes over what it does to its output."""
-        if self._holding:
-            return
-        self._holding = True
-        self._base_trainable = self.layer.trainable
-        self.freeze_base()
-        for name in self.held:
-            if hasattr(self.layer, name):
-                setattr(self, name, getattr(self.layer, name))
-                setattr(self.layer, name, None)
-
-    def release(self):
-        """Makes the base whole again, as it was before it was wrapped."""
-        if not self._holding:
-            return
-        self._holding = False
-        self.layer.trainable = self._base_trainable
-        for name in self.held:
-            if hasattr(self.layer, name):
-                setattr(self.layer, name, getattr(self, name))
-
-    def freeze_base(self):
-        """Keeps the base's weights from training."""
-        self.layer.trainable = False
+        Returns:
+            The share of the correction that a kernel of 16 bits could not
+            take, by the Frobenius norm.
+        """
+        matrix = self.merged_matrix()
+        size = 0.0
+        if is_small(self.view.variable().dtype):
+            size = ops.norm(self.delta_matrix())
+        self.view.assign(matrix)
+        if not size:
+            return 0.0
+        return float(ops.norm(self.view.matrix() - matrix) / size)
 
     @classmethod
     def option_names(cls):
@@ -287,50 +268,12 @@ class AdapterLayer(keras.layers.Wrapper):
         return {name: getattr(self, name) for name in self.option_names()}
 
     def get_config(self):
-        holding = self._holding
-        self.release()
-        try:
-            config = super().get_config()
-        finally:
-            if holding:
-                self.hold()
-        config.pop("activity_regularizer", None)
-        return {**config, **self.options()}
+        return {**super().get_config(), **self.options()}
 
-    @property
-    def trainable(self):
-        return keras.layers.Layer.trainable.fget(self)
-
-    @trainable.setter
-    def trainable(self, value):
-        keras.layers.Layer.trainable.fset(self, value)
-        if self._holding:
-            self.freeze_base()
-
-    def compute_mask(self, inputs, mask=None):
-        return self.layer.compute_mask(inputs, mask)
-
-    def compute_output_shape(self, *args, **kwargs):
-        return self.layer.compute_output_shape(*args, **kwargs)
-
-    def compute_output_spec(self, inputs, training=None, **kwargs):
-        return self.layer.compute_output_spec(inputs, **kwargs)
-
-    def __getattr__(self, name):
-        try:
-            # PyTorch modules keep some attributes outside of `__dict__`.
-            return super().__getattr__(name)
-        except AttributeError:
-            own = name.startswith("_") or name in ("layer", "view")
-            if own or (self._holding and name in self.held):
-                raise
-        view = getattr(self, "view", None)
-        if view is not None and name == view.kernel_name:
+    def forwarded(self, base, name):
+        view = vars(self).get("view")
+        if view is None or view.kernel_name is None:
+            return getattr(base, name)
+        if name in (view.kernel_name, f"_{view.kernel_name}"):
             return view.kernel(self.view.matrix() + self.delta_matrix())
-        return getattr(self.layer, name)
-
-
-def _float_policy(layer):
-    """The base's dtype policy without its quantisation."""
-    compute, variable = layer.compute_dtype, layer.variable_dtype
-    return compute if compute == variable else f"mixed_{compute}"
+        return getattr(base, name)

@@ -188,7 +188,7 @@ class ConditionalSpectralDense(AdapterLayer):
         return self.alpha
 
     def call(self, inputs, training=None, mask=None, **kwargs):
-        outputs = self.layer(inputs, **kwargs)
+        outputs = self.view.bare()(inputs, **kwargs)
         codes = self.view.down(inputs, ops.cast(self.u, self.compute_dtype))
         gates = self._gates(codes, mask, training)
         strength = gates * (self.s * self.scale)

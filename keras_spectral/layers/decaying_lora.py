@@ -164,14 +164,16 @@ class DecayingLoRA(AdapterLayer):
         decay = self._decay(training)
         if training:
             self.step.assign_add(1)
-        outputs = self.layer(inputs, **kwargs)
+        outputs = self.view.bare()(inputs, **kwargs)
         factor = ops.cast(decay, outputs.dtype)
         faded = outputs * factor
         bias = self.view.bias(outputs)
         if bias is not None and not self.decay_bias:
             faded = faded + bias * (1 - factor)
-        a, b = self._pair(decay)
-        a, b = (ops.cast(x, self.compute_dtype) for x in (a, b))
+        on = ops.not_equal(self.scale, 0.0)
+        pair = map(ops.convert_to_tensor, self._pair(decay))
+        pair = (ops.where(on, x, 0.0) for x in pair)
+        a, b = (ops.cast(x, self.compute_dtype) for x in pair)
         delta = self.view.apply(inputs, a, b, **kwargs)
         return self.finish(faded + ops.cast(delta, outputs.dtype), **kwargs)
 
@@ -191,11 +193,11 @@ class DecayingLoRA(AdapterLayer):
         )
 
     def merge(self):
-        matrix, decay = self.merged_matrix(), self._decay(False)
-        self.view.assign(matrix)
+        decay, lost = self._decay(False), super().merge()
         bias = getattr(self.layer, "bias", None)
         if self.decay_bias and bias is not None:
             bias.assign(bias * decay)
+        return lost
 
     @property
     def _keeps_start(self):

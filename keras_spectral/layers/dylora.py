@@ -88,9 +88,7 @@ class DyLoRADense(AdapterLayer):
         return self.alpha
 
     def delta(self, inputs, training=None, **kwargs):
-        a, b = self._draw() if training else self.factors()
-        a = ops.cast(a, self.compute_dtype)
-        b = ops.cast(b * self.scale, self.compute_dtype)
+        a, b = self.scaled(*(self._draw() if training else self.factors()))
         return self.view.apply(inputs, a, b, **kwargs)
 
     def factors(self):

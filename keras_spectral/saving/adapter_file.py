@@ -10,10 +10,14 @@ import numpy as np
 import safetensors
 
 from keras_spectral._files import write_safetensors
+from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.host import TrainedCopy
+from keras_spectral.paths import Place
 from keras_spectral.paths import places
+from keras_spectral.paths import subject
 from keras_spectral.spectra import Triplets
 from keras_spectral.surgery import own_variables
 from keras_spectral.wrap import require_adapters
@@ -102,24 +106,54 @@ def apply_adapters(
     wrapped = {p.key: p for p in found if isinstance(p.layer, AdapterLayer)}
     if wrapped:
         _check_same(entries, wrapped, path)
-        _fill([*wrapped.values(), *heads], tensors, path)
+        with all_or_nothing() as snapshot:
+            _fill([*wrapped.values(), *heads], tensors, path, snapshot)
         return model
     requests = [
         (by_key[e["path"]], METHODS[e["method"]], e["options"]) for e in entries
     ]
 
-    def fill(adapters):
-        made = [
-            type(place)(place.path, place.key, adapter)
-            for (place, _, _), adapter in zip(requests, adapters)
-        ]
-        _fill([*made, *heads], tensors, path)
+    def fill(made):
+        wanted = [*(place for place, _, _ in requests), *heads]
+        _fill(
+            [Place(p.path, p.key, made.get(p.layer, p.layer)) for p in wanted],
+            tensors,
+            path,
+        )
 
     def prepare(adapters):
         _give_placeholders(adapters)
         _connect_as_saved(adapters, [e.get("shared") for e in entries])
 
     wrap_places(model, requests, heads, prepare, fill)
+    return model
+
+
+def describe_adapters(model: keras.Model) -> dict:
+    """What adapts a model, as JSON can hold it."""
+    found = places(model)
+    adapters = [p for p in found if isinstance(p.layer, AdapterLayer)]
+    heads = [p for p in found if isinstance(p.layer, TrainedCopy)]
+    return {
+        "adapters": _entries(adapters),
+        "trainable": [place.key for place in heads],
+    }
+
+
+def adapt_as_described(model: keras.Model, description: dict) -> keras.Model:
+    """Wraps a plain model as `describe_adapters` said, with fresh weights."""
+    by_key = {place.key: place for place in places(model)}
+    entries = description["adapters"]
+    requests = [
+        (by_key[e["path"]], METHODS[e["method"]], e["options"]) for e in entries
+    ]
+    kept = [by_key[key] for key in description["trainable"]]
+
+    def prepare(adapters):
+        _give_placeholders(adapters)
+        _connect_as_saved(adapters, [e.get("shared") for e in entries])
+
+    wrap_places(model, requests, kept, prepare)
     return model
 
 
@@ -203,7 +237,7 @@ def _fingerprint(found):
     lines = []
     for place in found:
         layer = place.layer
-        base = layer.layer if isinstance(layer, AdapterLayer) else layer
+        base = subject(layer)
         try:
             view = kernel_view(base)
             lines.append(f"{place.key} {view.n_in} {view.n_out}")
@@ -311,7 +345,7 @@ def _through_json(options):
     return json.loads(json.dumps(options))
 
 
-def _fill(targets, tensors, path):
+def _fill(targets, tensors, path, snapshot=None):
     variables = _named_weights(targets)
     missing = sorted(variables.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - variables.keys())
@@ -326,5 +360,7 @@ def _fill(targets, tensors, path):
                 f"{path}: tensor '{name}' has shape {tensors[name].shape}, "
                 f"the model needs {tuple(variable.shape)}."
             )
+    if snapshot is not None:
+        snapshot.keep_values(variables.values())
     for name, variable in variables.items():
         variable.assign(tensors[name])

@@ -1,0 +1,1 @@
+"""What touches Keras's and Python's insides."""

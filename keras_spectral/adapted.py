@@ -1,0 +1,156 @@
+"""The class that a model has while adapters are in it."""
+
+from collections.abc import Iterable
+
+import keras
+
+from keras_spectral import surgery
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.host import Host
+from keras_spectral.layers.host import TrainedCopy
+from keras_spectral.paths import places
+
+_PACKAGE, _NAME = "keras_spectral", "AdaptedModel"
+_CLASSES: dict[type, type] = {}
+
+
+class Adapted:
+    """Mixed into a model's class: what a wrap froze stays frozen.
+
+    `model.trainable = False; model.trainable = True` thaws the adapters and
+    the trained heads alone.
+    """
+
+    @property
+    def trainable(self):
+        return keras.layers.Layer.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.layers.Layer.trainable.fset(self, value)
+        if value:
+            refreeze(self)
+
+
+class Rebuilt(Adapted):
+    """The same for a model whose own configuration knows no adapters.
+
+    It is saved as the plain model's configuration and what adapts it.
+    """
+
+    def get_config(self):
+        from keras_spectral.saving.adapter_file import describe_adapters
+
+        if isinstance(self._config_before, Exception):
+            raise ValueError(
+                f"Model '{self.name}' cannot be saved whole: the configuration "
+                f"of {plain_class(self).__name__} cannot be read "
+                f"({self._config_before}). Expected a class with `get_config`; "
+                "`save_adapters` saves the adapters alone, `save_weights` all "
+                "weights."
+            ) from self._config_before
+        return {"base": self._config_before, **describe_adapters(self)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        from keras_spectral.saving.adapter_file import adapt_as_described
+
+        load = keras.saving.deserialize_keras_object
+        model = load(config["base"], custom_objects)
+        return adapt_as_described(model, config)
+
+    def save_to_preset(self, *args, **kwargs):
+        raise ValueError(
+            f"Model '{self.name}' has adapters, and no preset can hold them. "
+            "Save the base inside of `with ks.unwrapped(model):` or the merged "
+            "model inside of `with ks.merged(model):`, and the adapters by "
+            "`ks.save_adapters(model, path)`."
+        )
+
+
+def plain_class(model: keras.Model) -> type:
+    """A model's class without what adapters add to it."""
+    return vars(type(model)).get("_plain_class", type(model))
+
+
+def config_before(model: keras.Model) -> dict | Exception | None:
+    """A plain model's configuration; None if its layers' own are enough."""
+    if isinstance(model, Rebuilt):
+        return model._config_before
+    if surgery.is_plain_graph(plain_class(model)):
+        return None
+    try:
+        config = keras.saving.serialize_keras_object(model)
+    except Exception as error:
+        return error
+    config.pop("compile_config", None)  # the whole model has its own
+    return config
+
+
+def set_classes(models: dict[keras.Model, dict | Exception | None]) -> None:
+    """Gives models the class that fits what is in them now.
+
+    Args:
+        models: For each the configuration that it had without adapters.
+    """
+    for model, config in models.items():
+        kind = plain_class(model)
+        if any(isinstance(x, Host) for x in surgery.all_layers(model)):
+            kind = _adapted_class(kind, config is not None)
+            vars(model)["_config_before"] = config
+        if type(model) is not kind:
+            object.__setattr__(model, "__class__", kind)
+
+
+def refreeze(model: keras.Model) -> None:
+    """Freezes all but adapters and the trained copies that are to train."""
+    layers = surgery.all_layers(model)
+    copies = [layer for layer in layers if isinstance(layer, TrainedCopy)]
+    freeze_all_but(model, [copy for copy in copies if copy.trains])
+
+
+def freeze_all_but(
+    model: keras.Model, kept: Iterable[keras.layers.Layer]
+) -> None:
+    """Freezes all but adapters, `kept` layers and the way down to them."""
+    kept = {id(layer) for layer in kept}
+    active = {}
+
+    def is_active(layer):
+        if id(layer) not in active:
+            active[id(layer)] = False
+            below = [is_active(child) for child in surgery.sublayers(layer)]
+            here = isinstance(layer, AdapterLayer) or id(layer) in kept
+            active[id(layer)] = here or any(below)
+        return active[id(layer)]
+
+    for layer in tree(model):
+        if isinstance(layer, TrainedCopy):
+            layer.trains = id(layer) in kept
+        if not isinstance(layer, AdapterLayer):
+            surgery.set_trainable(layer, is_active(layer), id(layer) in kept)
+
+
+def tree(model: keras.Model) -> list[keras.layers.Layer]:
+    """The model and every layer that has a place in it."""
+    return [model, *(place.layer for place in places(model))]
+
+
+def _adapted_class(kind, rebuilt):
+    if kind not in _CLASSES:
+        mixin = Rebuilt if rebuilt else Adapted
+        # Keras saves its own class by its public name.
+        module = "keras" if kind is keras.Sequential else kind.__module__
+        body = {"__module__": module, "__doc__": kind.__doc__}
+        body["_plain_class"] = kind
+        _CLASSES[kind] = type(kind.__name__, (mixin, kind), body)
+        if rebuilt:
+            # All these classes share `from_config`, so the last one stands
+            # for every one of them.
+            register = keras.saving.register_keras_serializable
+            register(_PACKAGE, _NAME)(_CLASSES[kind])
+    return _CLASSES[kind]
+
+
+# A file may be loaded before any model was wrapped here.
+keras.saving.register_keras_serializable(_PACKAGE, _NAME)(Rebuilt)
