@@ -14,6 +14,7 @@ from keras_spectral.counting import count_variables
 from keras_spectral.counting import count_weights
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.paths import places
+from keras_spectral.paths import subject
 from keras_spectral.surgery import all_layers
 from keras_spectral.surgery import own_variables
 
@@ -112,7 +113,7 @@ def _row(place):
         weights = [*own_variables(layer), *layer.layer.weights]
         owners = [layer, *all_layers(layer.layer)]
     else:
-        kind, method, rank = type(layer).__name__, None, None
+        kind, method, rank = type(subject(layer)).__name__, None, None
         weights, owners = own_variables(layer), [layer]
     trains = [w for w in weights if w.trainable]
     trainable = count_variables(trains, owners)
@@ -141,7 +142,6 @@ def _shared_rows(model):
 
 def _holds_raw_kernel(layer):
     known = (
-        AdapterLayer,
         keras.layers.Dense,
         keras.layers.EinsumDense,
         keras.layers.Embedding,
@@ -150,7 +150,7 @@ def _holds_raw_kernel(layer):
         keras.layers.SeparableConv1D,
         keras.layers.SeparableConv2D,
     )
-    if isinstance(layer, known):
+    if isinstance(layer, AdapterLayer) or isinstance(subject(layer), known):
         return False
     return any(
         sum(size > 1 for size in weight.shape) > 1

@@ -40,6 +40,8 @@ from keras_spectral.spectra import factorize
 
 # What was trainable before a model was first wrapped, by layer.
 _FLAGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# For each layer inside of a model's host that host and the model's name.
+_HOSTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _LOST = 0.01  # share of a correction that merging may lose without a word
 
 
@@ -52,6 +54,7 @@ def wrap_model(
     trainable: str | Iterable[str] | None = None,
     overrides: dict[str, dict] | None = None,
     svd_cache: str | os.PathLike | None = None,
+    also: Iterable[keras.Model] = (),
     **options,
 ) -> keras.Model:
     """Puts an adapter around layers of a model, in place.
@@ -59,8 +62,13 @@ def wrap_model(
     Everything else is frozen, so the next `fit` trains the adapters and what
     `trainable` names. Works before and after `compile`, `fit`, `predict` and
     `generate`: compiled functions are dropped, and a built optimizer is
-    replaced by a fresh one of the same configuration. Layers that other
-    models share are wrapped there as well.
+    replaced by a fresh one of the same configuration. What trains beside the
+    adapters is a copy (float32 where the layer has 16 bits): `unwrap_model`
+    brings the layer back as it was, `merge_model` makes the copy its own.
+
+    Layers that other models share are wrapped there as well if these models
+    were wrapped before, are named in `also`, or use this one as a layer of
+    their graph.
 
     Args:
         model: Any built Keras or KerasHub model.
@@ -84,6 +92,7 @@ def wrap_model(
             winning. Each must match a chosen layer.
         svd_cache: A folder that keeps the kernels' singular factors for the
             next time, for methods that start from them.
+        also: Other models that share layers with this one.
         **options: Go to the adapter's constructor, such as `rank=8`. Of a
             `seed` each layer gets one of its own, made of it and its path.
 
@@ -117,6 +126,10 @@ def wrap_model(
     requests = [
         (place, adapter_class, per_layer[place.path]) for place in chosen
     ]
+
+    for other in also:
+        _check_model(other)
+        surgery.remember(other)
 
     def prepare(adapters):
         give_triplets(adapters, svd_cache)
@@ -354,6 +367,11 @@ def put(
     set_classes(configs)
     surgery.forget_compiled(above)
     surgery.remember(model)
+    for old, new in swaps.items():
+        if isinstance(old, Host):
+            _HOSTS.pop(old.layer, None)
+        if isinstance(new, Host):
+            _HOSTS[new.layer] = weakref.ref(new), model.name
 
 
 def take_off(model: keras.Model, snapshot: Snapshot) -> None:
@@ -436,6 +454,15 @@ def _check_chosen(model, chosen):
             f"Already wrapped in model '{model.name}': {describe(wrapped)}. "
             "Unwrap or merge first, or leave these out with `exclude`."
         )
+    for place in chosen:
+        host, owner = _HOSTS.get(place.layer, (lambda: None, None))
+        if host() is not None:
+            raise ValueError(
+                f"'{place.path}' of model '{model.name}' was wrapped as a "
+                f"layer of model '{owner}', which shares it. Expected that "
+                "`wrap_model` is told of both: unwrap that one, then "
+                f"`wrap_model(..., also=[...])`."
+            )
     unbuilt = [place for place in chosen if not place.layer.built]
     if unbuilt:
         raise ValueError(

@@ -325,7 +325,8 @@ def test_second_model_that_shares_layers_sees_the_wrap():
     x = _x(4, 8)
     plain = features.predict(x, verbose=0)
     inner.predict(_x(4, 16), verbose=0)
-    ks.wrap_model(model, "lora", target="second", rank=2)
+    also = [features, inner]
+    ks.wrap_model(model, "lora", target="second", rank=2, also=also)
     _randomize(model)
     seen = features.predict(x, verbose=0)
     assert np.abs(seen - plain).max() > 1e-3
@@ -333,6 +334,16 @@ def test_second_model_that_shares_layers_sees_the_wrap():
     ks.unwrap_model(model)
     np.testing.assert_array_equal(features.predict(x, verbose=0), plain)
     assert not _adapter_weights(features) and not _adapter_weights(inner)
+
+
+def test_a_second_model_that_was_not_named_cannot_be_wrapped_beside():
+    model = _mlp()
+    features = keras.Model(model.inputs, model.get_layer("second").output)
+    ks.wrap_model(model, "lora", target="second", rank=2)
+    with pytest.raises(ValueError, match="also="):
+        ks.wrap_model(features, "lora", target="second", rank=2)
+    ks.unwrap_model(model)
+    ks.wrap_model(features, "lora", target="second", rank=2)
 
 
 def test_wrapped_model_on_a_new_input_and_as_a_part():

@@ -88,6 +88,13 @@ class AdapterLayer(Host):
 
     def build(self, input_shape=None):
         super().build(input_shape)
+        try:
+            self._build_on_base()
+        except BaseException:
+            self.free_base()
+            raise
+
+    def _build_on_base(self):
         self.view = self.view_of(self.layer)
         self.scale = self.add_weight(
             name="scale",

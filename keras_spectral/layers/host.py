@@ -128,7 +128,8 @@ class TrainedCopy(Host):
         super().__init__(layer, **kwargs)
         surgery.take_signature(self, layer)
         self.trains = True  # False while a later wrap keeps it frozen
-        self._pairs = []
+        # Past Keras's trackers: the base's weights are no weights of its own.
+        vars(self)["_pairs"] = []
 
     def build(self, input_shape=None):
         super().build(input_shape)

@@ -131,7 +131,6 @@ def test_tied_embedding_changes_both_directions():
     hidden = rng.normal(size=(1, 3, 4)).astype("float32")
     forward, logits = layer(ids), layer(hidden, reverse=True)
     layer.merge()
-    layer.release()
     close = dict(atol=1e-5)
     np.testing.assert_allclose(
         ops.convert_to_numpy(forward), ops.convert_to_numpy(base(ids)), **close
