@@ -210,3 +210,15 @@ def test_wrappers_that_leave_the_kernel_alone_are_fine():
     )
     ks.wrap_model(model, "lora", target=re.escape("time/plain"), rank=1)
     assert _wrapped(model) == ["time/plain"]
+
+
+def test_gemma_3n_ties_its_table():
+    from hub_models import MODELS
+
+    (case,) = (case for case in MODELS if case.name == "gemma3n_backbone")
+    model = case.make()
+    path = "text_model/embed_tokens/embedding"
+    rows = {row.path: row for row in ks.list_targets(model, "lora").rows}
+    assert rows[path].note == "tied: is read by 'text_model' as well"
+    with pytest.raises(ValueError, match=f"'{path}'.*changes both"):
+        ks.wrap_model(model, "lora", target=".*/embedding", rank=1)
