@@ -8,6 +8,8 @@ from keras_spectral.blocks import BottleneckAdapter
 from keras_spectral.blocks import PrefixTuning
 from keras_spectral.blocks import SoftPrompt
 from keras_spectral.blocks import UniPELTBlock
+from keras_spectral.catalog import list_targets
+from keras_spectral.catalog import methods
 from keras_spectral.compression import LowRank
 from keras_spectral.compression import compress_model
 from keras_spectral.compression import compression_report
@@ -72,9 +74,11 @@ __all__ = [
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
+    "list_targets",
     "load_adapters",
     "merge_model",
     "merged",
+    "methods",
     "optimizers",
     "plots",
     "prune_parts",

@@ -1,4 +1,4 @@
-"""One call of `model.evaluate` for every form of data."""
+"""Data in every form, and one call of `model.evaluate` for all of them."""
 
 from typing import Any
 
@@ -12,7 +12,37 @@ def evaluate(model: keras.Model, data: Any) -> dict[str, float]:
         model: A compiled model.
         data: What `model.evaluate` takes as first argument, or a tuple
             `(x, y)` or `(x, y, sample_weight)`.
+
+    Raises:
+        ValueError: There are no data.
     """
+    check_data(data)
     arrays = data if isinstance(data, tuple) else (data,)
     named = dict(zip(("x", "y", "sample_weight"), arrays))
     return model.evaluate(**named, verbose=0, return_dict=True)
+
+
+def check_data(data: Any, name: str = "dataset") -> Any:
+    """Raises a ValueError if arrays or a dataset hold no example."""
+    parts = keras.tree.flatten(data)
+    given = [part for part in parts if part is not None]
+    if not given or any(_size(part) == 0 for part in given):
+        shapes = [tuple(p.shape) for p in given if hasattr(p, "shape")]
+        raise ValueError(
+            f"Received {name}"
+            + (f" of shapes {shapes}" if shapes else f"={data!r}")
+            + ". Expected at least one example, as arrays or a dataset."
+        )
+    return data
+
+
+def _size(part):
+    """How many examples, where that is known."""
+    if hasattr(part, "shape"):
+        return part.shape[0] if len(part.shape) else None
+    if isinstance(part, keras.utils.PyDataset):
+        return part.num_batches
+    try:
+        return len(part)
+    except TypeError:
+        return None

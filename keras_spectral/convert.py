@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_spectral import surgery
+from keras_spectral._evaluate import check_data
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.checks import check_rank
 from keras_spectral.layers import AdaLoRADense
@@ -94,6 +95,7 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
         ValueError: No such adapters, they are switched off, or no data.
     """
     old = require_adapters(model, ConditionalSpectralDense)
+    check_data(dataset)
     for adapter in old:
         adapter.check_active()
     for adapter in old:

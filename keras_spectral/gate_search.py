@@ -7,10 +7,15 @@ import numpy as np
 from keras import ops
 
 from keras_spectral import surgery
+from keras_spectral._evaluate import check_data
 from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.blocks.unipelt import LOW_GATE
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
+from keras_spectral.checks import check_model
 from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_whole
 from keras_spectral.convert import drop
 from keras_spectral.convert import exchange
 from keras_spectral.spectra import LateProgress
@@ -36,9 +41,10 @@ def collect_gates(
         block that runs several times all of them, one after the other.
 
     Raises:
-        ValueError: The model has no UniPELTBlock.
+        ValueError: The model has no UniPELTBlock, or the batch no example.
     """
     blocks = require_adapters(model, UniPELTBlock)
+    check_data(inputs, "inputs")
     for block in blocks:
         block.collected = []
     try:
@@ -79,8 +85,9 @@ def prune_parts(
         ValueError: The model has no UniPELTBlock; every part of every block
             would go; the adapters are switched off. Nothing has changed then.
     """
-    check_number(steps, "steps", 0)
+    check_whole(steps, "steps")
     check_number(threshold, "threshold", 0)
+    check_flag(keep_weights, "keep_weights")
 
     def stays(block):
         shut = _shut_gates(block, steps, threshold)
@@ -127,7 +134,8 @@ def search_parts(
         dataset: What `model.fit` takes as first argument, or a tuple `(x, y)`
             or `(x, y, sample_weight)`.
         epochs: Epochs of the search.
-        keep: The largest share of added weights to keep, or None.
+        keep: The largest share of added weights to keep, above 0 and at most
+            1, or None.
         latency: Weight of the added work in the loss.
         temperature: Softness of the draws.
         gate: The gates of the result, `"sigmoid"` or `"softmax"`.
@@ -141,9 +149,16 @@ def search_parts(
             part would be kept. The model is then plain, as it was.
     """
     check_choice(gate, "gate", ("sigmoid", "softmax"))
-    if keep is not None:
-        check_number(keep, "keep", 0, 1 + 1e-9)
+    if keep is not None and not 0 < check_number(keep, "keep") <= 1:
+        raise ValueError(
+            f"Received keep={keep!r}. Expected a number above 0 and at most 1, "
+            "or None."
+        )
+    check_rank(epochs, "epochs")
+    check_number(latency, "latency", 0)
+    check_free(options, ("penalty", "sparsity"), "latency")
     check_ready(model)
+    check_data(dataset)
     wrap_model(
         model,
         "unipelt",
@@ -173,6 +188,7 @@ def _active_places(model):
 
 def check_ready(model: keras.Model) -> None:
     """Raises a ValueError unless the model is plain and compiled."""
+    check_model(model)
     if adapter_places(model):
         raise ValueError(
             f"Model '{model.name}' has adapters. Expected a plain one: unwrap "
@@ -182,6 +198,18 @@ def check_ready(model: keras.Model) -> None:
         raise ValueError(
             f"Model '{model.name}' is not compiled. Expected "
             "`model.compile(optimizer, loss, metrics)` first."
+        )
+
+
+def check_free(
+    options: dict[str, Any], taken: tuple[str, ...], instead: str
+) -> None:
+    """Raises a ValueError if options hold what a search chooses itself."""
+    given = [name for name in taken if name in options]
+    if given:
+        raise ValueError(
+            f"Received the options {given}, which the search chooses itself. "
+            f"Expected others of UniPELTBlock; see `{instead}`."
         )
 
 

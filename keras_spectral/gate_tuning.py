@@ -6,8 +6,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_spectral._evaluate import check_data
 from keras_spectral._evaluate import evaluate
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.gate_search import check_free
 from keras_spectral.gate_search import check_ready
 from keras_spectral.gate_search import fit
 from keras_spectral.spectra import LateProgress
@@ -40,22 +45,32 @@ def tune_gates(
         metric: The name of a result of `model.evaluate`.
         trials: How many pairs of values to try.
         epochs: Epochs of each.
-        temperature: Smallest and largest, on a logarithmic scale.
-        sparsity: Smallest and largest, on a logarithmic scale.
+        temperature: Smallest and largest, above 0, on a logarithmic scale.
+        sparsity: Smallest and largest, above 0, on a logarithmic scale.
         mode: `"max"` if a larger metric is better, `"min"` if a smaller.
         seed: Integer seed of the choices.
         **options: Further options of UniPELTBlock.
 
     Returns:
         The best "temperature" and "sparsity", and the metric as "value".
+        Trials whose metric is NaN do not count.
 
     Raises:
-        ValueError: The model is wrapped or not compiled, or no such metric.
+        ValueError: The model is wrapped or not compiled, no data, no such
+            metric or one that is always NaN, or a bad option.
         ImportError: optuna is missing.
     """
-    optuna = _optuna()
     check_choice(mode, "mode", ("max", "min"))
+    for name, value in (("trials", trials), ("epochs", epochs)):
+        check_rank(value, name)
+    _check_range(temperature, "temperature")
+    _check_range(sparsity, "sparsity")
+    check_seed(seed)
+    check_free(options, ("gate",), "search_parts")
     check_ready(model)
+    check_data(dataset)
+    check_data(validation_data, "validation_data")
+    optuna = _optuna()
     study = optuna.create_study(
         direction=f"{mode}imize",
         sampler=optuna.samplers.TPESampler(seed=seed),
@@ -83,7 +98,22 @@ def tune_gates(
             return float(results[metric])
 
         study.optimize(trial_value, n_trials=trials)
+    if not any(trial.value is not None for trial in study.trials):
+        raise ValueError(
+            f"metric={metric!r} was NaN in each of {trials} trials. Expected a "
+            "number: lower the learning rate, or the range of `sparsity`."
+        )
     return {**study.best_params, "value": study.best_value}
+
+
+def _check_range(value, name):
+    pair = list(value) if isinstance(value, tuple | list) else []
+    numbers = [check_number(x, name) for x in pair]
+    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1]:
+        raise ValueError(
+            f"Received {name}={value!r}. Expected two numbers above 0, the "
+            "smaller one first."
+        )
 
 
 def _optuna():

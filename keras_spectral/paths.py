@@ -81,19 +81,6 @@ def match_paths(candidates: list[Place], pattern: str) -> list[Place]:
     return found or [p for p in candidates if regex.fullmatch(p.key)]
 
 
-def require_match(
-    candidates: list[Place], pattern: str, argument: str
-) -> list[Place]:
-    """The same; a ValueError that names the argument if there is none."""
-    found = match_paths(candidates, pattern)
-    if not found:
-        raise ValueError(
-            f"{argument} has {pattern!r}, which matches none of the layers "
-            f"here: {describe(candidates)}."
-        )
-    return found
-
-
 def describe(candidates: list[Place]) -> str:
     """A few paths, for messages."""
     if not candidates:

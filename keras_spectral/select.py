@@ -1,34 +1,35 @@
 """Which layers a target means: patterns, classes, presets."""
 
-import re
+import functools
 from collections.abc import Callable
 from collections.abc import Iterable
 
 import keras
 
 from keras_spectral.blocks.kinds import block_kind
+from keras_spectral.hints import ATTENTION
+from keras_spectral.hints import require
 from keras_spectral.kernels import LowRank
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.paths import Place
 from keras_spectral.paths import describe
-from keras_spectral.paths import match_paths
 from keras_spectral.paths import places
-from keras_spectral.paths import require_match
 from keras_spectral.paths import subject
 from keras_spectral.surgery import output_layers
 from keras_spectral.surgery import own_variables
+from keras_spectral.ties import rewritten
+from keras_spectral.ties import tied
 
-Target = str | type | Callable[[keras.layers.Layer], bool] | Iterable
-
-# Names that KerasHub gives to query and value projections, fused ones too.
-_ATTENTION = re.compile(
-    r"(.*_)?(query|value|qkv|q|v)"
-    r"(_(dense|proj|projection|projector|proj_layer|conv2d))?"
-    r"|query_key_value|in_proj_qkv|attention_qkv\d?|c_attn|to_[qv]"
+Target = (
+    str
+    | type
+    | keras.layers.Layer
+    | Callable[[keras.layers.Layer], bool]
+    | Iterable
 )
+
 _LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 _CONV = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-_TIED = keras.layers.ReversibleEmbedding
 
 
 def select(
@@ -48,21 +49,25 @@ def select(
         adapter: Of what class; a callable is asked of the layers it fits.
 
     Raises:
-        ValueError: Nothing matches, a pattern is no regex or, in `exclude`,
-            matches no layer, or a tied embedding is caught by a pattern.
+        ValueError: Nothing matches, a pattern is no regex or matches no
+            layer, a kernel with a second use (a tied embedding) is caught
+            by a pattern, or one that a wrapper rewrites is caught at all.
     """
-    chosen = _matching(model, candidates, target, adapter)
+    search = _Search(model, candidates, adapter)
+    chosen = search.matching(target)
     if exclude is not None:
-        _check_patterns(candidates, exclude)
-        dropped = _matching(model, candidates, exclude, adapter)
+        dropped = search.matching(exclude, "exclude")
         chosen = [place for place in chosen if place not in dropped]
     if not chosen:
-        shown = describe(adaptable(candidates, adapter))
         raise ValueError(
             f"Nothing in model '{model.name}' matches target={target!r}"
             + (f" with exclude={exclude!r}" if exclude is not None else "")
-            + f". A pattern must match a whole path. Layers here: {shown}."
+            + ". Expected a regex that matches a whole path, a preset ("
+            + ", ".join(map(repr, _PRESETS))
+            + "), a layer, a layer class, a callable or a list of these. "
+            f"Layers here: {describe(search.shown)}."
         )
+    search.check_kernels(chosen, target)
     return chosen
 
 
@@ -71,6 +76,17 @@ def adaptable(
 ) -> list[Place]:
     """The places whose layers an adapter class fits."""
     return [p for p in candidates if _fits(adapter, subject(p.layer))]
+
+
+def chosen_by_presets(
+    model: keras.Model, candidates: list[Place]
+) -> dict[str, set[int]]:
+    """The ids of the places that each preset word chooses."""
+    search = _Search(model, candidates, AdapterLayer)
+    return {
+        word: {id(place) for place in search.matching(word)}
+        for word in _PRESETS
+    }
 
 
 def without_halves(candidates: list[Place]) -> list[Place]:
@@ -103,10 +119,16 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
     """The places that `trainable` names, with all that is inside them."""
     if trainable is None:
         return outside_backbone(model, candidates)
-    patterns = [trainable] if isinstance(trainable, str) else list(trainable)
+    if isinstance(trainable, str):
+        trainable = [trainable]
+    if not isinstance(trainable, Iterable):
+        raise ValueError(
+            f"Received trainable={trainable!r}. Expected a regex that matches "
+            "the whole path of a layer, a list of them, or None."
+        )
     kept = []
-    for pattern in patterns:
-        for place in require_match(candidates, pattern, "trainable"):
+    for pattern in trainable:
+        for place in require(candidates, pattern, "trainable"):
             inside = f"{place.path}/"
             kept += [
                 other
@@ -116,57 +138,113 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
     return kept
 
 
-def _check_patterns(candidates, exclude):
-    """Raises if a regex matches nothing, as a mistyped one does."""
-    several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
-    for pattern in exclude if several else [exclude]:
-        if isinstance(pattern, str) and pattern not in _PRESETS:
-            require_match(candidates, pattern, "exclude")
-
-
 def _first_half(layer):
     """What takes the input: of a factorised layer its first half."""
     base = subject(layer)
     return base.down if isinstance(base, LowRank) else base
 
 
-def _matching(model, candidates, target, adapter=AdapterLayer):
-    if isinstance(target, str) and target not in _PRESETS:
-        return _untied(match_paths(candidates, target), target)
-    # Halves of a factorised layer are only found by their paths.
-    candidates = without_halves(candidates)
-    if isinstance(target, str):
-        chosen = _PRESETS[target](model, candidates)
-        # Some models hold layers that they never build nor call.
-        return [p for p in chosen if p.layer.built] or chosen
-    if isinstance(target, type):
-        return [p for p in candidates if isinstance(subject(p.layer), target)]
-    if callable(target):
-        asked = adaptable(candidates, adapter)
-        chosen = [p for p in asked if target(subject(p.layer))]
-        return _untied(chosen, target)
-    if isinstance(target, Iterable):
-        parts = [_matching(model, candidates, p, adapter) for p in target]
-        chosen = {id(place): place for part in parts for place in part}
-        return [place for place in candidates if id(place) in chosen]
-    raise ValueError(
-        f"Received target={target!r}. Expected a regex, a preset "
-        f"({', '.join(map(repr, _PRESETS))}), a layer class, a callable "
-        "`layer -> bool`, or a list of these."
-    )
+class _Search:
+    """What targets mean in one model."""
 
+    def __init__(self, model, candidates, adapter):
+        self.model = model
+        self.candidates = candidates
+        self.adapter = adapter
 
-def _untied(chosen, target):
-    for place in chosen:
-        if isinstance(subject(place.layer), _TIED):
-            raise ValueError(
-                f"target={target!r} matches '{place.path}', a "
-                "ReversibleEmbedding: its table is the input embedding and "
-                "the output projection at once, so an adapter changes both. "
-                "Exclude it, or ask for it by its class: "
-                "target=keras.layers.ReversibleEmbedding."
+    @property
+    def shown(self):
+        """What messages name: the layers that an adapter fits, if any."""
+        return adaptable(self.candidates, self.adapter) or self.candidates
+
+    @functools.cached_property
+    def tied(self):
+        return tied(self.model, self.candidates)
+
+    def matching(self, target, argument="target"):
+        """The places that a target means."""
+        if isinstance(target, str) and target not in _PRESETS:
+            if argument != "target":
+                return require(self.candidates, target, argument)
+            return require(
+                self.candidates,
+                target,
+                argument,
+                presets=_PRESETS,
+                shown=self.shown,
+                model=self.model.name,
             )
-    return chosen
+        if isinstance(target, keras.layers.Layer):
+            return self._place_of(target, argument)
+        # Halves of a factorised layer are only found by their paths.
+        candidates = without_halves(self.candidates)
+        if isinstance(target, str):
+            chosen = _PRESETS[target](self.model, candidates)
+            chosen = [
+                p for p in chosen if id(subject(p.layer)) not in self.tied
+            ]
+            # Some models hold layers that they never build nor call.
+            return [p for p in chosen if p.layer.built] or chosen
+        if isinstance(target, type):
+            return [
+                p for p in candidates if isinstance(subject(p.layer), target)
+            ]
+        if callable(target):
+            asked = adaptable(candidates, self.adapter)
+            return [p for p in asked if target(subject(p.layer))]
+        if isinstance(target, Iterable):
+            parts = [self.matching(part, argument) for part in target]
+            chosen = {id(place): place for part in parts for place in part}
+            return [p for p in self.candidates if id(p) in chosen]
+        raise ValueError(
+            f"Received {argument}={target!r}. Expected a regex, a preset "
+            f"({', '.join(map(repr, _PRESETS))}), a layer, a layer class, a "
+            "callable `layer -> bool`, or a list of these."
+        )
+
+    def _place_of(self, layer, argument):
+        found = [
+            p for p in self.candidates if layer in (p.layer, subject(p.layer))
+        ]
+        if not found:
+            raise ValueError(
+                f"Received {argument}={layer!r}, which is no layer of model "
+                f"'{self.model.name}'. Layers here: {describe(self.shown)}."
+            )
+        return found
+
+    def check_kernels(self, chosen, target):
+        """Raises if a chosen kernel is not the chosen layer's alone."""
+        unsafe = rewritten(self.model, self.candidates)
+        for place in chosen:
+            layer = subject(place.layer)
+            if id(layer) in unsafe:
+                raise ValueError(
+                    f"target={target!r} matches '{place.path}', whose kernel "
+                    f"{unsafe[id(layer)]} holds and rewrites in every training "
+                    "step. Expected layers of their own: exclude it, or take "
+                    "the wrapper off."
+                )
+            if id(layer) in self.tied and not _by_class(target, layer):
+                kind = type(layer)
+                home = "keras.layers." * hasattr(keras.layers, kind.__name__)
+                raise ValueError(
+                    f"target={target!r} matches '{place.path}', a "
+                    f"{kind.__name__}: its table or kernel "
+                    f"{self.tied[id(layer)]}, so an adapter changes both. "
+                    "Exclude it, or ask for the layer itself or for its "
+                    f"class: target={home}{kind.__name__}."
+                )
+
+
+def _by_class(target, layer):
+    """Whether a layer is asked for by its class, or in person."""
+    if isinstance(target, type):
+        return isinstance(layer, target)
+    if isinstance(target, keras.layers.Layer):
+        return layer is subject(target)
+    several = isinstance(target, Iterable) and not isinstance(target, str)
+    return several and any(_by_class(part, layer) for part in target)
 
 
 def _fits(adapter, layer):
@@ -183,7 +261,7 @@ def _attention(model, candidates):
         place
         for place in candidates
         if isinstance(_first_half(place.layer), (*_LINEAR, *_CONV))
-        and _ATTENTION.fullmatch(place.layer.name)
+        and ATTENTION.fullmatch(place.layer.name)
     ]
 
 
@@ -205,9 +283,8 @@ def _conv(model, candidates):
 
 
 def _all(model, candidates):
-    """Every layer that a view covers but tied embeddings."""
-    covered = adaptable(candidates)
-    return [p for p in covered if not isinstance(subject(p.layer), _TIED)]
+    """Every layer that a view covers; tied ones go for all presets."""
+    return adaptable(candidates)
 
 
 def _blocks(model, candidates):

@@ -1,20 +1,31 @@
 """A table of what is adapted and what trains."""
 
 import dataclasses
-import math
 
 import keras
+import rich.box
 import rich.console
 import rich.table
 
+from keras_spectral._tables import grouped
+from keras_spectral._tables import show
+from keras_spectral.checks import check_model
+from keras_spectral.counting import count_variables
+from keras_spectral.counting import count_weights
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.paths import places
+from keras_spectral.paths import subject
+from keras_spectral.surgery import all_layers
 from keras_spectral.surgery import own_variables
 
 
 @dataclasses.dataclass(frozen=True)
 class SummaryRow:
-    """One layer: counts are numbers of weights, the base's included."""
+    """One layer: counts are numbers of weights, the base's included.
+
+    A quantised kernel counts as its numbers, not as packed bytes, and scales
+    of a quantisation do not count.
+    """
 
     path: str
     kind: str
@@ -57,8 +68,10 @@ def adapter_summary(
 ) -> Summary:
     """Prints a table of adapters and other trained layers, with counts.
 
-    Other layers that train beside the adapters are marked "trained". Below
-    stand layers with a raw kernel, which is no Dense, Conv or Embedding
+    Layers of one name, method, rank and size share a line, `12 x .../query`,
+    with their counts added up; the rows that are returned are of single
+    layers. Other layers that train beside the adapters are marked "trained".
+    Below stand layers with a raw kernel, which is no Dense, Conv or Embedding
     (experts' tables, position embeddings), so that no adapter reaches it.
 
     Args:
@@ -68,6 +81,9 @@ def adapter_summary(
     Returns:
         The same as data.
 
+    Raises:
+        ValueError: `model` is no Keras model.
+
     Example:
 
     >>> import keras_spectral as ks
@@ -76,15 +92,16 @@ def adapter_summary(
     >>> adapter_summary(model, rich.console.Console(quiet=True))
     Summary(1 adapters, 48 of 185 weights trainable)
     """
+    check_model(model)
     found = [_row(place) for place in places(model)] + _shared_rows(model)
     rows = tuple(r for r in found if r.method is not None or r.trainable)
     raw = tuple(
         _row(place) for place in places(model) if _holds_raw_kernel(place.layer)
     )
     summary = Summary(
-        rows, raw, _count(model.trainable_weights), _count(model.weights)
+        rows, raw, count_weights(model, trainable=True), count_weights(model)
     )
-    (console or rich.console.Console()).print(_table(model, summary))
+    show(console, _table(model, summary))
     return summary
 
 
@@ -94,11 +111,13 @@ def _row(place):
         kind = type(layer.layer).__name__
         method, rank = layer.method, getattr(layer, "rank", None)
         weights = [*own_variables(layer), *layer.layer.weights]
+        owners = [layer, *all_layers(layer.layer)]
     else:
-        kind, method, rank = type(layer).__name__, None, None
-        weights = own_variables(layer)
-    trainable = _count(w for w in weights if w.trainable)
-    frozen = _count(weights) - trainable
+        kind, method, rank = type(subject(layer)).__name__, None, None
+        weights, owners = own_variables(layer), [layer]
+    trains = [w for w in weights if w.trainable]
+    trainable = count_variables(trains, owners)
+    frozen = count_variables(weights, owners) - trainable
     return SummaryRow(place.path, kind, method, rank, trainable, frozen)
 
 
@@ -108,8 +127,8 @@ def _shared_rows(model):
     for place in places(model):
         if isinstance(place.layer, AdapterLayer) and place.layer.shared:
             shared = place.layer.shared
-            trainable = _count(shared.trainable_weights)
-            frozen = _count(shared.weights) - trainable
+            trainable = count_weights(shared, trainable=True)
+            frozen = count_weights(shared) - trainable
             rows[id(shared)] = SummaryRow(
                 shared.name,
                 type(shared).__name__,
@@ -121,13 +140,8 @@ def _shared_rows(model):
     return list(rows.values())
 
 
-def _count(weights):
-    return sum(math.prod(weight.shape) for weight in weights)
-
-
 def _holds_raw_kernel(layer):
     known = (
-        AdapterLayer,
         keras.layers.Dense,
         keras.layers.EinsumDense,
         keras.layers.Embedding,
@@ -136,7 +150,7 @@ def _holds_raw_kernel(layer):
         keras.layers.SeparableConv1D,
         keras.layers.SeparableConv2D,
     )
-    if isinstance(layer, known):
+    if isinstance(layer, AdapterLayer) or isinstance(subject(layer), known):
         return False
     return any(
         sum(size > 1 for size in weight.shape) > 1
@@ -145,26 +159,38 @@ def _holds_raw_kernel(layer):
 
 
 def _table(model, summary):
-    table = rich.table.Table(title=f"Adapters of {model.name}")
+    table = rich.table.Table(
+        title=f"Adapters of {model.name}",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("layer", overflow="fold", ratio=1)
     table.add_column("method", no_wrap=True)
     for name in ("rank", "trainable", "frozen", "total"):
         table.add_column(name, justify="right", no_wrap=True)
     for rows, note in ((summary.rows, "trained"), (summary.raw, "raw kernel")):
-        for row in rows:
+        for label, group in grouped(rows, _size):
+            row = group[0]
             rank = "" if row.rank is None else str(row.rank)
             counts = (row.trainable, row.frozen, row.total)
             table.add_row(
-                row.path, row.method or note, rank, *(f"{n:,}" for n in counts)
+                label,
+                row.method or note,
+                rank,
+                *(f"{len(group) * n:,}" for n in counts),
             )
         table.add_section()
     frozen = summary.total - summary.trainable
     share = 100 * summary.trainable / max(summary.total, 1)
     counts = (summary.trainable, frozen, summary.total)
     table.add_row(
-        f"whole model, {share:.2f} % trainable",
+        f"whole model, {share:.3g} %",
         "",
         "",
         *(f"{n:,}" for n in counts),
     )
     return table
+
+
+def _size(row):
+    return row.kind, row.method, row.rank, row.trainable, row.frozen

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import inspect
 import os
 import warnings
 import weakref
@@ -23,14 +22,16 @@ from keras_spectral.adapted import tree
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import is_small
 from keras_spectral.kernels import kernel_view
-from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.host import TrainedCopy
+from keras_spectral.options import adapter_class_of
+from keras_spectral.options import check_options
+from keras_spectral.options import options_per_layer
+from keras_spectral.options import warn_if_larger
 from keras_spectral.paths import Place
 from keras_spectral.paths import describe
 from keras_spectral.paths import places
-from keras_spectral.paths import require_match
 from keras_spectral.select import Target
 from keras_spectral.select import kept_places
 from keras_spectral.select import select
@@ -74,9 +75,9 @@ def wrap_model(
         model: Any built Keras or KerasHub model.
         method: A registered name (`"lora"`, `"spectral"`) or adapter class.
         target: What to wrap: a regex that must match a layer's whole path
-            (its chain of names, as `adapter_summary` shows), a list of such,
-            a layer class, a callable `layer -> bool` that is asked of each
-            layer an adapter fits, or one of
+            (its chain of names, as `list_targets` shows), a list of such,
+            a layer or its class, a callable `layer -> bool` that is asked of
+            each layer an adapter fits, or one of
             `"attention"` (query and value projections), `"all-linear"`
             (every Dense and EinsumDense but heads), `"conv"`, `"all"`,
             `"blocks"` (transformer blocks), `"backbone"`. Defaults to the
@@ -93,7 +94,8 @@ def wrap_model(
         svd_cache: A folder that keeps the kernels' singular factors for the
             next time, for methods that start from them.
         also: Other models that share layers with this one.
-        **options: Go to the adapter's constructor, such as `rank=8`.
+        **options: Go to the adapter's constructor, such as `rank=8`. Of a
+            `seed` each layer gets one of its own, made of it and its path.
 
     Returns:
         The model.
@@ -112,7 +114,7 @@ def wrap_model(
     >>> [tuple(w.shape) for w in model.trainable_weights]
     [(16, 4), (4, 8)]
     """
-    adapter_class = _adapter_class(method)
+    adapter_class = adapter_class_of(method)
     _check_model(model)
     candidates = places(model)
     if target is None:
@@ -120,8 +122,8 @@ def wrap_model(
     chosen = select(model, candidates, target, exclude, adapter_class)
     _check_chosen(model, chosen)
     kept = kept_places(model, candidates, trainable)
-    per_layer = _options_per_layer(chosen, options, overrides or {})
-    _check_options(adapter_class, per_layer)
+    per_layer = options_per_layer(chosen, options, overrides or {})
+    check_options(adapter_class, per_layer)
     requests = [
         (place, adapter_class, per_layer[place.path]) for place in chosen
     ]
@@ -346,6 +348,7 @@ def wrap_places(
                     surgery.build_in_place(swaps[place.layer], twin)
                 paths[place.layer.path] += 1
         fill(swaps)
+        warn_if_larger(requests, made)
         before = [x for x in tree(model) if not isinstance(x, Host)]
         put(model, swaps, snapshot)
         for layer in before:
@@ -440,17 +443,6 @@ def _named(place):
         raise ValueError(f"At '{place.path}': {error}") from error
 
 
-def _adapter_class(method):
-    if isinstance(method, str) and method in METHODS:
-        return METHODS[method]
-    if inspect.isclass(method) and issubclass(method, AdapterLayer):
-        return method
-    raise ValueError(
-        f"Received method={method!r}. Expected one of {sorted(METHODS)} or "
-        "a subclass of `AdapterLayer`."
-    )
-
-
 def _check_model(model):
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(
@@ -496,22 +488,3 @@ def _check_chosen(model, chosen):
             "weights yet. Call it on a batch or use `build(input_shape)`, "
             "then wrap."
         )
-
-
-def _options_per_layer(chosen, options, overrides):
-    per_layer = {place.path: dict(options) for place in chosen}
-    for pattern, changes in overrides.items():
-        for place in require_match(chosen, pattern, "overrides"):
-            per_layer[place.path].update(changes)
-    return per_layer
-
-
-def _check_options(adapter_class, per_layer):
-    known = [*adapter_class.option_names(), "dtype"]
-    for path, options in per_layer.items():
-        unknown = sorted(options.keys() - set(known))
-        if unknown:
-            raise ValueError(
-                f"At '{path}': {adapter_class.__name__} has no option "
-                f"{', '.join(unknown)}. Its options: {', '.join(known)}."
-            )

@@ -178,3 +178,11 @@ def test_freeze_gates_needs_gates():
     ks.wrap_model(model, "lora", target="dense", rank=2)
     with pytest.raises(ValueError, match="no adapters of method 'conditional"):
         ks.freeze_gates(model, _x(model))
+
+
+@pytest.mark.parametrize("data", [None, [], np.ones((0, 6), "float32")])
+def test_freeze_gates_needs_examples(data):
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6)])
+    ks.wrap_model(model, "conditional_spectral", target="all", rank=2)
+    with pytest.raises(ValueError, match="Expected at least one example"):
+        ks.freeze_gates(model, data)

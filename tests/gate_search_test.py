@@ -214,3 +214,72 @@ def test_tuning_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="metric='f1'"):
         ks.tune_gates(model, data, data, "f1", trials=1, **PARTS)
     assert not adapter_places(model)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"keep": 0}, "keep=0. Expected a number above 0 and at most 1"),
+        ({"keep": 1.5}, "keep=1.5. Expected a number above 0 and at most 1"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"latency": float("nan")}, "latency=nan"),
+        ({"sparsity": 0.1}, r"options \['sparsity'\].*`latency`"),
+    ],
+)
+def test_searches_refuse(options, expected):
+    model, data = _compiled()
+    with pytest.raises(ValueError, match=expected):
+        ks.search_parts(model, data, **options)
+    assert not adapter_places(model)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"trials": True}, "trials=True"),
+        ({"epochs": 1.5}, "epochs=1.5"),
+        ({"temperature": 2}, "temperature=2. Expected two numbers"),
+        ({"temperature": (5, 1)}, r"temperature=\(5, 1\)"),
+        ({"sparsity": (0, 1)}, r"sparsity=\(0, 1\)"),
+        ({"seed": "a"}, "seed='a'"),
+        ({"gate": "sigmoid"}, r"options \['gate'\]"),
+        ({"validation_data": None}, "validation_data=None"),
+    ],
+)
+def test_tuning_refuses(options, expected):
+    model, data = _compiled()
+    options = {"dataset": data, "validation_data": data, **options}
+    with pytest.raises(ValueError, match=expected):
+        ks.tune_gates(model, **options)
+    assert not adapter_places(model)
+
+
+def test_tuning_by_a_metric_that_is_nan(monkeypatch):
+    pytest.importorskip("optuna")
+    model, data = _compiled()
+    monkeypatch.setattr(
+        "keras_spectral.gate_tuning.evaluate", lambda *_: {"mae": float("nan")}
+    )
+    with pytest.raises(ValueError, match="'mae' was NaN in each of 2 trials"):
+        ks.tune_gates(model, data, data, "mae", trials=2, **PARTS)
+    assert not adapter_places(model)
+
+
+@pytest.mark.parametrize("search", [ks.search_parts, ks.collect_gates])
+@pytest.mark.parametrize("model", [None, 3])
+def test_what_is_no_model(search, model):
+    with pytest.raises(ValueError, match="Expected a Keras model"):
+        search(model, np.ones((2, 3)))
+
+
+def test_no_examples():
+    model, data = _compiled()
+    with pytest.raises(ValueError, match="at least one example"):
+        ks.search_parts(model, [])
+    model = _wrapped()
+    with pytest.raises(ValueError, match="at least one example"):
+        ks.collect_gates(model, None)
+    with pytest.raises(ValueError, match="steps=True"):
+        ks.prune_parts(model, steps=True)
+    with pytest.raises(ValueError, match="keep_weights='no'"):
+        ks.prune_parts(model, keep_weights="no")

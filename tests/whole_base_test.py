@@ -341,7 +341,9 @@ def _ids():
     }
 
 
-@pytest.mark.filterwarnings("ignore:.*was not called as part of model loading:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*was not called as part of model loading:UserWarning"
+)
 def test_a_wrapped_task_is_saved_whole_or_refused(tmp_path):
     model = _classifier()
     plain = _out(model, _ids())

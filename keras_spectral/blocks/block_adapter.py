@@ -64,6 +64,7 @@ class BlockAdapter(AdapterLayer):
     """
 
     default_target = "blocks"
+    merges = False
     opens_base = True
 
     def __init__(self, layer, **kwargs):

@@ -8,9 +8,14 @@ from keras_spectral.blocks.block_adapter import BlockAdapter
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
 from keras_spectral.blocks.parts import spread
+from keras_spectral.checks import activation_function
+from keras_spectral.checks import activation_name
+from keras_spectral.checks import check_alpha
 from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_number
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel", "post")
@@ -51,8 +56,9 @@ class BottleneckAdapter(BlockAdapter):
         layer: The block.
         size: Width of the bottleneck. Defaults to a 16th of the block's.
         placement: `"pfeiffer"`, `"houlsby"`, `"parallel"` or `"post"`.
-        activation: f, any of Keras's activations.
-        strength: What the net's output is multiplied by.
+        activation: f, the name of one of Keras's activations, or a function
+            of `keras.activations`, or one that is registered with Keras.
+        strength: What the net's output is multiplied by, not 0.
         channel_scale: Whether each channel has a trained strength besides.
         seed: Integer seed of the start of `down`.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
@@ -77,6 +83,8 @@ class BottleneckAdapter(BlockAdapter):
     [(32, 2), (2,), (2, 32), (32,)]
     """
 
+    trains = "a small net in each block, down and up again"
+
     def __init__(
         self,
         layer,
@@ -90,15 +98,13 @@ class BottleneckAdapter(BlockAdapter):
     ):
         super().__init__(layer, **kwargs)
         if size is not None:
-            check_rank(size, "size")
-        check_choice(placement, "placement", PLACEMENTS)
-        check_number(strength, "strength")
+            size = check_rank(size, "size")
         self.size = size
-        self.placement = placement
-        self.activation = activation
-        self.strength = strength
-        self.channel_scale = bool(channel_scale)
-        self.seed = seed
+        self.placement = check_choice(placement, "placement", PLACEMENTS)
+        self.activation = activation_name(activation)
+        self.strength = check_alpha(strength, "strength")
+        self.channel_scale = check_flag(channel_scale, "channel_scale")
+        self.seed = check_seed(seed)
 
     def initial_scale(self):
         return self.strength
@@ -143,8 +149,10 @@ class Bottleneck:
     ):
         width = adapter.view.width
         self.size = size
-        self.activation = keras.activations.get(activation)
-        start = keras.initializers.GlorotUniform(seed)
+        self.activation = activation_function(activation)
+        start = keras.initializers.GlorotUniform(
+            derived_seed(seed, f"{name}_down_kernel")
+        )
         self.down = dense_weights(adapter, f"{name}_down", width, size, start)
         self.up = dense_weights(adapter, f"{name}_up", size, width, "zeros")
         self.channels = None

@@ -6,6 +6,7 @@ from keras import ops
 from keras_spectral.blocks.block_adapter import Run
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
+from keras_spectral.checks import derived_seed
 
 _HIDDEN = 64
 _SMALL = 1e-6
@@ -18,9 +19,8 @@ class SigmoidGates:
     """
 
     def __init__(self, block, sizes: dict[str, int]):
-        start = _start(block)
         self.weights = {
-            name: dense_weights(block, f"gate_{name}", size, 1, start)
+            name: _dense_weights(block, f"gate_{name}", size, 1)
             for name, size in sizes.items()
         }
 
@@ -44,14 +44,11 @@ class SoftmaxGates:
     def __init__(self, block, sizes: dict[str, int]):
         self.block = block
         self.names = list(sizes)
-        start = _start(block)
         width = block.view.width
         if len(sizes) == 1:  # has all of the sum, without a network
             return
-        self.first = dense_weights(block, "gate_hidden", width, _HIDDEN, start)
-        self.last = dense_weights(
-            block, "gate_logits", _HIDDEN, len(sizes), start
-        )
+        self.first = _dense_weights(block, "gate_hidden", width, _HIDDEN)
+        self.last = _dense_weights(block, "gate_logits", _HIDDEN, len(sizes))
 
     def begin(self, run):
         if len(self.names) == 1:
@@ -104,8 +101,10 @@ class GumbelGates:
         return ops.sigmoid(ops.convert_to_tensor(self.logits))
 
 
-def _start(block):
-    return keras.initializers.RandomNormal(0.0, block.init_stddev, block.seed)
+def _dense_weights(block, name, n_in, n_out):
+    seed = derived_seed(block.seed, f"{name}_kernel")
+    start = keras.initializers.RandomNormal(0.0, block.init_stddev, seed)
+    return dense_weights(block, name, n_in, n_out, start)
 
 
 GATES = {

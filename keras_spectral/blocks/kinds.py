@@ -138,7 +138,8 @@ def register_block(
             does from `_compute_attention` or the attended values alone.
 
     Raises:
-        ValueError: `block` is no layer class.
+        ValueError: `block` is no layer class, `kind` no BlockKind or
+            `attention` no AttentionKind.
 
     Example:
 
@@ -159,6 +160,13 @@ def register_block(
     """
     if not (isinstance(block, type) and issubclass(block, keras.layers.Layer)):
         raise ValueError(f"Received block={block!r}. Expected a layer class.")
+    if not isinstance(kind, BlockKind):
+        raise ValueError(f"Received kind={kind!r}. Expected a BlockKind.")
+    if not isinstance(attention, AttentionKind | None):
+        raise ValueError(
+            f"Received attention={attention!r}. Expected an AttentionKind or "
+            "None."
+        )
     if attention is not None:
         _ATTENTIONS[block] = attention
     _BLOCKS[block] = kind

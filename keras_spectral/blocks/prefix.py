@@ -11,6 +11,8 @@ from keras_spectral.blocks.block_adapter import BlockAdapter
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 
 _STDDEV = 0.02
@@ -66,14 +68,15 @@ class PrefixTuning(BlockAdapter):
     [(5, 16)]
     """
 
+    trains = "keys and values that stand before those of the tokens"
+
     def __init__(self, layer, length=10, hidden=None, seed=None, **kwargs):
         super().__init__(layer, **kwargs)
-        check_rank(length, "length")
         if hidden is not None:
-            check_rank(hidden, "hidden")
-        self.length = int(length)
+            hidden = check_rank(hidden, "hidden")
+        self.length = check_rank(length, "length")
         self.hidden = hidden
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def build_adapter(self):
         self.prefix = Prefix(
@@ -104,13 +107,20 @@ class Prefix:
         self.rows = adapter.add_weight(
             name=f"{name}_rows",
             shape=(length, width),
-            initializer=keras.initializers.RandomNormal(0.0, _STDDEV, seed),
+            initializer=keras.initializers.RandomNormal(
+                0.0, _STDDEV, derived_seed(seed, f"{name}_rows")
+            ),
         )
         if hidden is not None:
-            start = keras.initializers.GlorotUniform(seed)
+            start = keras.initializers.GlorotUniform
             shapes = ((width, hidden), (hidden, sum(self.sizes)))
             self.down, self.up = (
-                dense_weights(adapter, f"{name}_{x}", *shape, start)
+                dense_weights(
+                    adapter,
+                    f"{name}_{x}",
+                    *shape,
+                    start(derived_seed(seed, f"{name}_{x}_kernel")),
+                )
                 for x, shape in zip(("down", "up"), shapes)
             )
 

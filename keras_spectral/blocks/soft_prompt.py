@@ -6,7 +6,10 @@ from keras import ops
 from keras_spectral import surgery
 from keras_spectral._internal.twin import rerouted_layer
 from keras_spectral.blocks.block_adapter import BlockAdapter
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import check_whole
 from keras_spectral.layers.adapter import register_method
 
 _EMBEDDINGS = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
@@ -66,19 +69,19 @@ class SoftPrompt(BlockAdapter):
     """
 
     default_target = "backbone"
+    trains = "vectors that stand among the embedded tokens"
     retraces = True
 
     def __init__(
         self, layer, length=10, position=None, keep=False, seed=None, **kwargs
     ):
         super().__init__(layer, **kwargs)
-        check_rank(length, "length")
-        if position is not None and position != 0:
-            check_rank(position, "position")
-        self.length = int(length)
+        if position is not None:
+            position = check_whole(position, "position")
+        self.length = check_rank(length, "length")
         self.position = position
-        self.keep = bool(keep)
-        self.seed = seed
+        self.keep = check_flag(keep, "keep")
+        self.seed = check_seed(seed)
 
     @classmethod
     def check_base(cls, layer):

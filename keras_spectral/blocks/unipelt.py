@@ -12,8 +12,12 @@ from keras_spectral.blocks.gates import entropy
 from keras_spectral.blocks.parts import spread
 from keras_spectral.blocks.prefix import Prefix
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import check_whole
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 
 LOW_GATE = 0.05  # a part whose mean gate stays below is of no use
@@ -91,6 +95,8 @@ class UniPELTBlock(BlockAdapter):
     ['lora_query', 'lora_value', 'prefix']
     """
 
+    trains = "LoRA, prefix and bottleneck of a block, and their gates"
+
     def __init__(
         self,
         layer,
@@ -109,23 +115,21 @@ class UniPELTBlock(BlockAdapter):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        for name, value in (("lora", lora), ("prefix", prefix)):
-            if value != 0:
-                check_rank(value, name)
-        if adapter:
-            check_rank(adapter, "adapter")
+        lora = check_whole(lora, "lora")
+        prefix = check_whole(prefix, "prefix")
+        if adapter is not None:
+            adapter = check_whole(adapter, "adapter")
+        if prefix_hidden is not None:
+            prefix_hidden = check_rank(prefix_hidden, "prefix_hidden")
         if not lora and not prefix and adapter == 0:
             raise ValueError(
                 "Received lora=0, prefix=0, adapter=0. Expected at least one "
                 "part."
             )
         check_choice(gate, "gate", tuple(GATES))
-        check_number(temperature, "temperature", 1e-6)
         check_choice(penalty, "penalty", ("entropy", "l1", "latency"))
-        check_number(warmup_steps, "warmup_steps", 0)
-        check_number(init_stddev, "init_stddev", 0)
         if sparsity is not None:
-            check_number(sparsity, "sparsity", 0)
+            sparsity = check_number(sparsity, "sparsity", 0)
         if (penalty == "latency") != (gate == "gumbel") and sparsity:
             raise ValueError(
                 f"Received gate={gate!r} with penalty={penalty!r}. Expected "
@@ -136,14 +140,16 @@ class UniPELTBlock(BlockAdapter):
         self.adapter = adapter
         self.prefix_hidden = prefix_hidden
         self.gate = gate
-        self.temperature = temperature
+        self.temperature = check_number(temperature, "temperature", 1e-6)
         self.sparsity = sparsity
         self.penalty = penalty
-        self.warmup_steps = warmup_steps
-        self.init_stddev = init_stddev
-        self.mask_padding = bool(mask_padding)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.warmup_steps = check_whole(warmup_steps, "warmup_steps")
+        self.init_stddev = check_number(init_stddev, "init_stddev", 0)
+        self.mask_padding = check_flag(mask_padding, "mask_padding")
+        self.seed = check_seed(seed)
+        self.seed_generator = keras.random.SeedGenerator(
+            derived_seed(seed, "noise")
+        )
 
     def build_adapter(self):
         view, seed = self.view, self.seed
@@ -314,7 +320,9 @@ class LowRankPart:
         self.view = adapter.view.linear(part)
         self.slot = adapter.view.slot(part)
         bound = self.view.fan_in**-0.5
-        start = keras.initializers.RandomUniform(-bound, bound, seed)
+        start = keras.initializers.RandomUniform(
+            -bound, bound, derived_seed(seed, f"{name}_a")
+        )
         self.a = adapter.add_weight(
             name=f"{name}_a", shape=(self.view.n_in, rank), initializer=start
         )

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_spectral.checks import check_number
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.wrap import adapter_places
@@ -20,10 +21,11 @@ class GateMonitor(keras.callbacks.Callback):
     that read the logs, such as `CSVLogger`.
 
     Args:
-        threshold: Size from which a fixed gate counts as active.
+        threshold: Size from which a fixed gate counts as active, at least 0.
 
     Raises:
-        ValueError: At the start of training, if the model has no gates.
+        ValueError: A bad threshold; at the start of training, if the model
+            has no gates.
 
     Example:
 
@@ -42,7 +44,7 @@ class GateMonitor(keras.callbacks.Callback):
 
     def __init__(self, threshold: float = 0.01):
         super().__init__()
-        self.threshold = threshold
+        self.threshold = check_number(threshold, "threshold", 0)
 
     def on_train_begin(self, logs=None):
         require_adapters(self.model, *_GATED)

@@ -8,6 +8,8 @@ import keras
 
 from keras_spectral._files import whole_file
 from keras_spectral.blocks import UniPELTBlock
+from keras_spectral.checks import check_path
+from keras_spectral.checks import check_rank
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters
 
@@ -54,12 +56,9 @@ class GateRecorder(keras.callbacks.Callback):
         every: int | None = None,
     ):
         super().__init__()
-        if every is not None and (not isinstance(every, int) or every < 1):
-            raise ValueError(
-                f"Received every={every!r}. Expected a whole number of steps, "
-                "at least 1, or None."
-            )
-        self.path = path
+        if every is not None:
+            every = check_rank(every, "every")
+        self.path = path if path is None else check_path(path)
         self.every = every
         self.records: list[dict[str, Any]] = []
         self.step = 0

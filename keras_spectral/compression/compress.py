@@ -10,16 +10,18 @@ from keras import ops
 
 from keras_spectral.adapted import freeze_all_but
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
+from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
 from keras_spectral.compression import ranks
 from keras_spectral.compression.report import CompressedLayer
 from keras_spectral.compression.report import CompressionReport
-from keras_spectral.compression.report import count
 from keras_spectral.compression.report import keep_report
 from keras_spectral.compression.saved import copy_model
 from keras_spectral.compression.saved import ordered_layers
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
+from keras_spectral.counting import count_weights
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
@@ -110,12 +112,16 @@ def compress_model(
     check_choice(method, "method", tuple(ranks.RULES))
     check_choice(recover, "recover", (None, "train", "lora"))
     check_rank(recover_rank, "recover_rank")
+    check_flag(keep_ends, "keep_ends")
+    check_flag(true_bound, "true_bound")
     _check_goal(ratio, budget, max_error)
     chosen = _chosen(model, target, exclude, keep_ends)
     views = [kernel_view(place.layer) for place in chosen]
     spectra = _spectra(views, method, true_bound or max_error is not None)
     if budget is not None:
-        budget = int(budget) - count(model) + sum(s.weights for s in spectra)
+        budget = (
+            int(budget) - count_weights(model) + sum(s.weights for s in spectra)
+        )
     if ratio is not None:
         budget = int((1 - ratio) * sum(s.weights for s in spectra))
     choices = ranks.allocate(spectra, method, budget, max_error)
@@ -133,7 +139,7 @@ def compress_model(
         _prepare_recovery(small, plan, recover, spared)
     rows = [_row(*x) for x in zip(chosen, views, spectra, choices)]
     saved = sum(row.weights[0] - row.weights[1] for row in rows)
-    weights = (count(model), count(model) - saved)
+    weights = (count_weights(model), count_weights(model) - saved)
     seconds = time.monotonic() - start
     keep_report(small, CompressionReport(tuple(rows), weights, seconds))
     return small
@@ -202,7 +208,7 @@ def _check_goal(ratio, budget, max_error):
     name, value = next(iter(given.items()))
     if name == "budget":
         check_rank(value, name)
-    elif isinstance(value, bool) or not 0 < value < 1:
+    elif not 0 < check_number(value, name) < 1:
         raise ValueError(
             f"Received {name}={value!r}. Expected a number above 0 and below 1."
         )

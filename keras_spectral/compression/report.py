@@ -1,12 +1,13 @@
 """What compression did to each layer, as data and as a table."""
 
 import dataclasses
-import math
 import weakref
 
 import keras
 import rich.console
 import rich.table
+
+from keras_spectral.checks import check_model
 
 _REPORTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -116,6 +117,7 @@ def compression_report(
         ValueError: The model was not made by `compress_model`, or loaded
             from a file.
     """
+    check_model(model)
     if model not in _REPORTS:
         raise ValueError(
             f"There is no report for model '{model.name}'. Expected a model "
@@ -129,11 +131,6 @@ def compression_report(
 def keep_report(model: keras.Model, report: CompressionReport) -> None:
     """Remembers it for as long as the model lives."""
     _REPORTS[model] = report
-
-
-def count(model: keras.Model) -> int:
-    """All weights of a model."""
-    return sum(math.prod(weight.shape) for weight in model.weights)
 
 
 def _change(pair):

@@ -1,5 +1,6 @@
 """The smallest rank that is good enough, by bisection on nested ranks."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import keras
 
 from keras_spectral._evaluate import evaluate
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_number
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.spectra import LateProgress
@@ -46,8 +48,8 @@ def search_rank(
         The rank of each adapter, by path. The adapters are truncated to it.
 
     Raises:
-        ValueError: The model has no DyLoRADense, no such metric, or a bad
-            option. Ranks are then as they were.
+        ValueError: The model has no DyLoRADense, no such metric or one that
+            is NaN, no data, or a bad option. Ranks are then as they were.
 
     Example:
 
@@ -59,6 +61,12 @@ def search_rank(
     """
     check_number(drop, "drop", 0)
     check_choice(mode, "mode", ("max", "min"))
+    check_flag(per_layer, "per_layer")
+    if not isinstance(metric, str) and not callable(metric):
+        raise ValueError(
+            f"Received metric={metric!r}. Expected the name of a result of "
+            "`model.evaluate`, or a function of model and dataset."
+        )
     adapters = require_adapters(model, DyLoRADense)
     ranks = [adapter.active_rank() for adapter in adapters]
     sign = 1 if mode == "max" else -1
@@ -108,11 +116,20 @@ def _truncate(chosen, ranks, rank):
 
 def _value(model, dataset, metric):
     if callable(metric):
-        return float(metric(model, dataset))
+        return _checked(float(metric(model, dataset)), metric)
     results = evaluate(model, dataset)
     if metric not in results:
         raise ValueError(
             f"Received metric={metric!r}; `model.evaluate` gives "
             f"{sorted(results)}. Expected one of these, or a function."
         )
-    return float(results[metric])
+    return _checked(float(results[metric]), metric)
+
+
+def _checked(value, metric):
+    if math.isnan(value):
+        raise ValueError(
+            f"metric={metric!r} gave NaN, so no rank is better than another. "
+            "Expected a number: the training probably diverged."
+        )
+    return value

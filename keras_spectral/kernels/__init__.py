@@ -6,6 +6,7 @@ this folder and one line in `_VIEWS`, and every method works on it.
 
 import keras
 
+from keras_spectral.checks import check_layer
 from keras_spectral.kernels.conv import ConvTransposeView
 from keras_spectral.kernels.conv import ConvView
 from keras_spectral.kernels.conv import SeparableConvView
@@ -56,7 +57,8 @@ def kernel_view(layer: keras.layers.Layer) -> KernelView:
 
     Raises:
         ValueError: The layer is unbuilt, is of a kind whose kernel has no
-            useful low-rank form, or has Keras's own LoRA switched on.
+            useful low-rank form, has Keras's own LoRA switched on, or a
+            kernel without numbers.
     """
     view_class = view_class_of(layer)
     if not layer.built:
@@ -73,11 +75,19 @@ def kernel_view(layer: keras.layers.Layer) -> KernelView:
         )
     if view_class is LowRankView:
         return LowRankView(layer, *map(kernel_view, (layer.down, layer.up)))
-    return view_class(layer)
+    view = view_class(layer)
+    if not view.max_rank:
+        raise ValueError(
+            f"The kernel of layer '{layer.name}' ({type(layer).__name__}) is "
+            f"{view.n_in} x {view.n_out} and holds no numbers. Expected at "
+            "least 1 x 1: exclude the layer, or check the model's input."
+        )
+    return view
 
 
 def view_class_of(layer: keras.layers.Layer) -> type[KernelView]:
     """Returns the view class for a layer, or raises a ValueError with why."""
+    check_layer(layer)
     for kind, reason in _REFUSED.items():
         if isinstance(layer, kind):
             raise ValueError(

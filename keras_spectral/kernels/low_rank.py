@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_spectral._internal.twin import twin
+from keras_spectral.checks import check_layer
 from keras_spectral.kernels.view import KernelView
 
 # What says how many codes a layer makes.
@@ -34,7 +35,8 @@ class LowRank(keras.layers.Layer):
     Input shape: that of `down`. Output shape: that of `up`.
 
     Raises:
-        ValueError: The input does not fit `down`, or its codes `up`.
+        ValueError: `down` or `up` is no layer; the input does not fit `down`,
+            or its codes `up`.
 
     Example:
 
@@ -48,8 +50,8 @@ class LowRank(keras.layers.Layer):
 
     def __init__(self, down, up, **kwargs):
         super().__init__(**kwargs)
-        self.down = down
-        self.up = up
+        self.down = check_layer(down, "down")
+        self.up = check_layer(up, "up")
         self.supports_masking = up.supports_masking
 
     def build(self, input_shape):

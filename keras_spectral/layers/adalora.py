@@ -5,10 +5,11 @@ from keras import ops
 
 from keras_spectral._backend import is_training
 from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.lora import check_max_rank
+from keras_spectral.layers.lora import set_rank_and_alpha
 
 _STDDEV = 0.02
 _SMALL = 1e-5
@@ -37,7 +38,7 @@ class AdaLoRADense(AdapterLayer):
     Args:
         layer: The base layer; any kind that LoRADense takes.
         rank: Triplets at the start, 1 to min(n_in, n_out).
-        alpha: Strength of the update. Defaults to `rank`.
+        alpha: Strength of the update, not 0. Defaults to `rank`.
         orthogonality: Weight of the penalty, at least 0.
         dropout: Share of inputs dropped before A while training, 0 <= p < 1.
         seed: Integer seed of the starts and of dropout.
@@ -61,6 +62,8 @@ class AdaLoRADense(AdapterLayer):
     [(32, 4), (4,), (4, 64)]
     """
 
+    trains = "triplets A, E, B, whose rank can be taken away"
+
     def __init__(
         self,
         layer,
@@ -72,13 +75,8 @@ class AdaLoRADense(AdapterLayer):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        check_rank(rank)
-        if alpha is not None:
-            check_number(alpha, "alpha")
-        check_number(orthogonality, "orthogonality", 0)
-        self.rank = int(rank)
-        self.alpha = self.rank if alpha is None else alpha
-        self.orthogonality = orthogonality
+        set_rank_and_alpha(self, rank, alpha)
+        self.orthogonality = check_number(orthogonality, "orthogonality", 0)
         self.set_dropout(dropout, seed)
         self._layers_of_model = 1
 
@@ -91,13 +89,13 @@ class AdaLoRADense(AdapterLayer):
 
     def build_adapter(self):
         check_max_rank(self)
-        view, rank, seed = self.view, self.rank, self.seed
+        view, rank = self.view, self.rank
         self.lora_a, self.lora_e, self.lora_b = (
             self.add_weight(name=f"lora_{name}", shape=shape, initializer=start)
             for name, shape, start in (
-                ("a", (view.n_in, rank), _normal(seed)),
+                ("a", (view.n_in, rank), _normal(self.seed, "a")),
                 ("e", (rank,), "zeros"),
-                ("b", (rank, view.n_out), _normal(seed and seed + 1)),
+                ("b", (rank, view.n_out), _normal(self.seed, "b")),
             )
         )
         share = keras.initializers.Constant(1 / self._layers_of_model)
@@ -129,5 +127,6 @@ class AdaLoRADense(AdapterLayer):
         return int((e != 0).sum())
 
 
-def _normal(seed):
+def _normal(seed, name):
+    seed = derived_seed(seed, f"lora_{name}")
     return keras.initializers.RandomNormal(0.0, _STDDEV, seed)

@@ -6,7 +6,10 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
+from keras_spectral.checks import check_layer
 from keras_spectral.checks import check_number
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import derived_seed
 from keras_spectral.checks import is_small
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels import view_class_of
@@ -21,6 +24,15 @@ def register_method(name: str):
     """Class decorator: makes an adapter known to `wrap_model` and to Keras."""
 
     def register(cls):
+        known = METHODS.get(name, cls)
+        # The very same class once more is a module that was loaded again.
+        names = ("__module__", "__qualname__")
+        if any(getattr(known, x) != getattr(cls, x) for x in names):
+            raise ValueError(
+                f"Received register_method({name!r}) for {cls.__name__}. "
+                f"That name is taken by {known.__module__}."
+                f"{known.__qualname__}. Expected another one."
+            )
         METHODS[name] = cls
         cls.method = name
         return keras.saving.register_keras_serializable("keras_spectral")(cls)
@@ -57,6 +69,8 @@ class AdapterLayer(Host):
     """
 
     method: str
+    trains: str  # in a few words, for `methods`
+    merges = True  # whether the correction is one of the base's kernel
     default_target = "attention"
     dropout = 0.0
     retraces = False  # whether it has to be compiled anew when switched off
@@ -68,7 +82,7 @@ class AdapterLayer(Host):
                 f"({type(layer).__name__}). Expected a plain layer; unwrap "
                 "or merge it first."
             )
-        self.check_base(layer)
+        self.check_base(check_layer(layer))
         super().__init__(layer, **kwargs)
         self.disabled = False
         self._triplets = None
@@ -112,7 +126,7 @@ class AdapterLayer(Host):
 
     def set_dropout(self, dropout: float, seed: int | None):
         """Keeps `seed` and the share of inputs that `delta` drops."""
-        check_number(dropout, "dropout", 0, 1)
+        dropout = check_number(dropout, "dropout", 0, 1)
         if dropout and isinstance(self.layer, keras.layers.Embedding):
             raise ValueError(
                 f"Received dropout={dropout} for the Embedding "
@@ -120,9 +134,11 @@ class AdapterLayer(Host):
                 "dropped."
             )
         self.dropout = dropout
-        self.seed = seed
+        self.seed = check_seed(seed)
         if dropout:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            self.seed_generator = keras.random.SeedGenerator(
+                derived_seed(seed, "dropout")
+            )
 
     def build_adapter(self):
         """Creates the method's weights; `self.view` knows the shapes."""

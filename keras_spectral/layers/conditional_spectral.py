@@ -4,9 +4,12 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
+from keras_spectral.checks import check_alpha
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.gate_network import GateNetwork
@@ -48,7 +51,7 @@ class ConditionalSpectralDense(AdapterLayer):
             table is used in both directions (ReversibleEmbedding).
         rank: r, how many directions; equal for all layers that share a
             hypernetwork.
-        alpha: How much an open gate stretches its direction.
+        alpha: How much an open gate stretches its direction, not 0.
         context: `"first"` (token) or `"mean"` (over tokens or pixels).
         temperature: Softness of the gates' gradient, above 0.
         l0: Weight of the expected number of open gates, at least 0.
@@ -79,6 +82,8 @@ class ConditionalSpectralDense(AdapterLayer):
     """
 
     default_target = "all-linear"
+    trains = "a shared net that gates directions by the input"
+    merges = False  # each example has a kernel of its own
 
     def __init__(
         self,
@@ -100,28 +105,29 @@ class ConditionalSpectralDense(AdapterLayer):
             ("hidden", hidden),
             ("embedding", embedding),
         ):
-            check_rank(value, name)
-            setattr(self, name, int(value))
-        check_number(alpha, "alpha")
-        check_choice(context, "context", ("first", "mean"))
-        check_number(temperature, "temperature", 1e-6)
-        check_number(l0, "l0", 0)
+            setattr(self, name, check_rank(value, name))
+        if isinstance(network, dict):
+            network = keras.saving.deserialize_keras_object(network)
+        if network is not None:
+            check_network(self, network)
+        self.alpha = check_alpha(alpha)
+        self.context = check_choice(context, "context", ("first", "mean"))
+        self.temperature = check_number(temperature, "temperature", 1e-6)
+        self.l0 = check_number(l0, "l0", 0)
+        self.network = network
+        self.seed = check_seed(seed)
+        self.seed_generator = keras.random.SeedGenerator(
+            derived_seed(seed, "noise")
+        )
+
+    @classmethod
+    def check_base(cls, layer):
+        super().check_base(layer)
         if isinstance(layer, keras.layers.ReversibleEmbedding):
             raise ValueError(
                 f"Layer '{layer.name}' is a ReversibleEmbedding. Expected a "
                 "layer that runs in one direction; use GatedSpectralDense."
             )
-        if isinstance(network, dict):
-            network = keras.saving.deserialize_keras_object(network)
-        if network is not None:
-            check_network(self, network)
-        self.alpha = alpha
-        self.context = context
-        self.temperature = temperature
-        self.l0 = l0
-        self.network = network
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
 
     @classmethod
     def connect(cls, adapters):
@@ -161,7 +167,9 @@ class ConditionalSpectralDense(AdapterLayer):
         self.layer_embedding = self.add_weight(
             name="layer_embedding",
             shape=(self.embedding,),
-            initializer=keras.initializers.RandomNormal(seed=self.seed),
+            initializer=keras.initializers.RandomNormal(
+                seed=derived_seed(self.seed, "layer_embedding")
+            ),
         )
         # Running sums since `reset_gates`, for reports and `freeze_gates`.
         self.open_counts, self.example_count = (
@@ -283,6 +291,11 @@ class ConditionalSpectralDense(AdapterLayer):
 
 def check_network(adapter, network):
     """Raises unless the adapter can use a hypernetwork."""
+    if not isinstance(network, GateNetwork):
+        raise ValueError(
+            f"Received network={network!r} for layer '{adapter.name}'. "
+            "Expected a GateNetwork, or None."
+        )
     names = ("rank", "hidden", "embedding")
     wanted = {name: getattr(adapter, name) for name in names}
     sizes = {name: getattr(network, name) for name in names}

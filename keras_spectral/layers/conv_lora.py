@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.lora import add_lora_factors
@@ -69,6 +70,7 @@ class ConvLoRA(AdapterLayer):
     """
 
     default_target = "conv"
+    trains = "a thin pair of convolutions"
 
     def __init__(
         self,
@@ -85,8 +87,17 @@ class ConvLoRA(AdapterLayer):
         super().__init__(layer, **kwargs)
         set_lora_options(self, rank, alpha, dropout, scaling, initializer, seed)
         check_choice(factorization, "factorization", ("channel", "loralib"))
-        _check_base(layer, factorization, initializer, dropout)
+        _check_loralib(layer, factorization, initializer, dropout)
         self.factorization = factorization
+
+    @classmethod
+    def check_base(cls, layer):
+        super().check_base(layer)
+        if not isinstance(layer, _CONVS):
+            raise ValueError(
+                f"Layer '{layer.name}' is a {type(layer).__name__}. ConvLoRA "
+                "expects Conv1D, Conv2D or Conv3D; LoRADense covers the others."
+            )
 
     @property
     def is_low_rank(self):
@@ -112,7 +123,7 @@ class ConvLoRA(AdapterLayer):
             name="lora_a",
             shape=(self.rank * size, c_in * size),
             initializer=keras.initializers.RandomUniform(
-                -bound, bound, self.seed
+                -bound, bound, derived_seed(self.seed, "lora_a")
             ),
         )
         self.lora_b = self.add_weight(
@@ -153,12 +164,7 @@ def loralib_kernel(product, size, c_in, c_out):
     return ops.transpose(kernel, (2, 3, 1, 0))
 
 
-def _check_base(layer, factorization, initializer, dropout):
-    if not isinstance(layer, _CONVS):
-        raise ValueError(
-            f"Layer '{layer.name}' is a {type(layer).__name__}. ConvLoRA "
-            "expects Conv1D, Conv2D or Conv3D; LoRADense covers the others."
-        )
+def _check_loralib(layer, factorization, initializer, dropout):
     if factorization == "channel":
         return
     square = len(set(layer.kernel_size)) == 1

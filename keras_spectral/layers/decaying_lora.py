@@ -1,20 +1,24 @@
 """DecayingLoRA: a low-rank pair takes over while the original fades."""
 
 import math
-import numbers
 
 import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import check_whole
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.lora import add_pair
 from keras_spectral.layers.lora import check_max_rank
+from keras_spectral.layers.lora import set_rank_and_alpha
 
+_MOST_STEPS = 2**31  # steps are counted in int32
 _SMALLEST = 1e-3  # where an exponential decay to 0 is cut off
 
 
@@ -44,7 +48,8 @@ class DecayingLoRA(AdapterLayer):
     Args:
         layer: The base layer: any kind that LoRADense takes.
         rank: Columns of A, 1 to min(n_in, n_out).
-        alpha: Strength of the pair; `s = alpha / rank`. Defaults to `rank`.
+        alpha: Strength of the pair, not 0; `s = alpha / rank`. Defaults to
+            `rank`.
         start_step: Training step at which the decay begins, at least 0.
         end_step: Training step at which it ends, after `start_step`.
         min_decay: What d ends at, 0 <= min_decay < 1.
@@ -85,6 +90,7 @@ class DecayingLoRA(AdapterLayer):
     """
 
     default_target = "all-linear"
+    trains = "a thin pair that takes over while the kernel fades"
 
     def __init__(
         self,
@@ -103,36 +109,30 @@ class DecayingLoRA(AdapterLayer):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        check_rank(rank)
-        if alpha is not None:
-            check_number(alpha, "alpha")
-        if alpha == 0:
-            raise ValueError(
-                "Received alpha=0. Expected a number that is not 0: the pair "
-                "has to do the layer's work."
-            )
+        set_rank_and_alpha(self, rank, alpha)
         _check_steps(start_step, end_step)
-        check_number(min_decay, "min_decay", 0, 1)
         check_choice(schedule, "schedule", tuple(_SCHEDULES))
         check_choice(initializer, "initializer", ("svd", "fan_in", "zeros"))
         check_choice(residual, "residual", ("truncated", "full"))
         check_choice(inference, "inference", ("current", "adapter"))
+        self.start_step = int(start_step)
+        self.end_step = int(end_step)
+        self.min_decay = check_number(min_decay, "min_decay", 0, 1)
+        self.schedule = schedule
+        self.initializer = initializer
+        self.residual = residual
+        self.inference = inference
+        self.decay_bias = check_flag(decay_bias, "decay_bias")
+        self.seed = check_seed(seed)
+
+    @classmethod
+    def check_base(cls, layer):
+        super().check_base(layer)
         if isinstance(layer, keras.layers.ReversibleEmbedding):
             raise ValueError(
                 f"Layer '{layer.name}' is a ReversibleEmbedding. Expected a "
                 "layer that runs in one direction."
             )
-        self.rank = int(rank)
-        self.alpha = self.rank if alpha is None else alpha
-        self.start_step = int(start_step)
-        self.end_step = int(end_step)
-        self.min_decay = min_decay
-        self.schedule = schedule
-        self.initializer = initializer
-        self.residual = residual
-        self.inference = inference
-        self.decay_bias = bool(decay_bias)
-        self.seed = seed
 
     def triplets_needed(self, view):
         return self.rank if self.initializer == "svd" else 0
@@ -241,11 +241,12 @@ class DecayingLoRA(AdapterLayer):
                 lambda shape, dtype=None: ops.transpose(v * (sign * root)),
             )
         bound = math.sqrt(1 / view.fan_in)
-        a = keras.initializers.RandomUniform(-bound, bound, self.seed)
+        seed = derived_seed(self.seed, "lora_a")
+        a = keras.initializers.RandomUniform(-bound, bound, seed)
         if self.initializer == "zeros":
             return a, "zeros"
         bound = math.sqrt(1 / self.rank)
-        seed = None if self.seed is None else self.seed + 1
+        seed = derived_seed(self.seed, "lora_b")
         return a, keras.initializers.RandomUniform(-bound, bound, seed)
 
 
@@ -264,12 +265,7 @@ _SCHEDULES = {
 
 def _check_steps(start, end):
     for name, value in (("start_step", start), ("end_step", end)):
-        whole = isinstance(value, numbers.Integral)
-        if not whole or isinstance(value, bool) or value < 0:
-            raise ValueError(
-                f"Received {name}={value!r}. Expected a whole number of "
-                "training steps, at least 0."
-            )
+        check_whole(value, name, 0, _MOST_STEPS)
     if end <= start:
         raise ValueError(
             f"Received start_step={start}, end_step={end}. Expected an end "

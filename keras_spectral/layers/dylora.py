@@ -4,12 +4,15 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
-from keras_spectral.checks import check_number
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.lora import add_pair
 from keras_spectral.layers.lora import check_max_rank
+from keras_spectral.layers.lora import set_rank_and_alpha
 
 
 @register_method("dylora")
@@ -31,7 +34,7 @@ class DyLoRADense(AdapterLayer):
     Args:
         layer: The base layer: any kind that LoRADense takes.
         rank: The largest rank, columns of A.
-        alpha: Strength of the correction. Defaults to `rank`.
+        alpha: Strength of the correction, not 0. Defaults to `rank`.
         frozen: Whether a step trains only the last of its pairs.
         seed: Integer seed of the start and of the ranks drawn.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
@@ -55,23 +58,24 @@ class DyLoRADense(AdapterLayer):
     2
     """
 
+    trains = "a thin pair whose ranks are nested"
+
     def __init__(
         self, layer, rank=8, alpha=None, frozen=False, seed=None, **kwargs
     ):
         super().__init__(layer, **kwargs)
-        check_rank(rank)
-        if alpha is not None:
-            check_number(alpha, "alpha")
-        self.rank = int(rank)
-        self.alpha = self.rank if alpha is None else alpha
-        self.frozen = bool(frozen)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        set_rank_and_alpha(self, rank, alpha)
+        self.frozen = check_flag(frozen, "frozen")
+        self.seed = check_seed(seed)
+        self.seed_generator = keras.random.SeedGenerator(
+            derived_seed(seed, "ranks")
+        )
 
     def build_adapter(self):
         check_max_rank(self)
         bound = self.view.fan_in**-0.5
-        start = keras.initializers.RandomUniform(-bound, bound, self.seed)
+        seed = derived_seed(self.seed, "lora_a")
+        start = keras.initializers.RandomUniform(-bound, bound, seed)
         add_pair(self, "lora_a", "lora_b", start, "zeros", True)
         self.active = self.add_weight(
             name="active",

@@ -3,6 +3,10 @@
 import keras
 from keras import ops
 
+from keras_spectral.checks import check_rank
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import derived_seed
+
 # Logits start here: every gate closed at inference, and while training a
 # gate is open with probability 1 - exp(-exp(-1.25)) = 1/4.
 _CLOSED = -1.25
@@ -21,18 +25,25 @@ class GateNetwork(keras.layers.Layer):
         embedding: Size of the layer embeddings.
         seed: Integer seed of the weights' start.
         **kwargs: Keras layer arguments.
+
+    Raises:
+        ValueError: A size that is no whole number above 0, or a bad seed.
     """
 
     def __init__(self, rank, hidden=32, embedding=8, seed=None, **kwargs):
         super().__init__(**kwargs)
-        self.rank = rank
-        self.hidden = hidden
-        self.embedding = embedding
-        self.seed = seed
+        self.rank = check_rank(rank)
+        self.hidden = check_rank(hidden, "hidden")
+        self.embedding = check_rank(embedding, "embedding")
+        self.seed = check_seed(seed)
 
     def build(self):
-        start = keras.initializers.GlorotUniform(self.seed)
-        small = keras.initializers.RandomNormal(stddev=0.01, seed=self.seed)
+        start = keras.initializers.GlorotUniform(
+            derived_seed(self.seed, "hidden_kernel")
+        )
+        small = keras.initializers.RandomNormal(
+            stddev=0.01, seed=derived_seed(self.seed, "logit_kernel")
+        )
         closed = keras.initializers.Constant(_CLOSED)
         size = self.rank + self.embedding
         for name, shape, initializer in (

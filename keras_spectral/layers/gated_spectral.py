@@ -55,16 +55,15 @@ class GatedSpectralDense(AdapterLayer):
     """
 
     default_target = "all-linear"
+    trains = "a gate for each leading singular direction"
 
     def __init__(self, layer, rank=8, directions=None, l1=1e-4, **kwargs):
         super().__init__(layer, **kwargs)
-        check_rank(rank)
         if directions is not None:
-            check_rank(directions, "directions")
-        check_number(l1, "l1", 0)
-        self.rank = rank
+            directions = check_rank(directions, "directions")
+        self.rank = check_rank(rank)
         self.directions = directions
-        self.l1 = l1
+        self.l1 = check_number(l1, "l1", 0)
 
     def triplets_needed(self, view):
         known = min(view.n_in, view.n_out)
@@ -87,6 +86,7 @@ class GatedSpectralDense(AdapterLayer):
 
     def active_gates(self, threshold: float = 0.01) -> int:
         """How many gates are larger than `threshold` in size."""
+        check_number(threshold, "threshold", 0)
         return int(ops.sum(ops.abs(self.gates) > threshold))
 
     def prune_gates(self, threshold: float = 0.01) -> int:
@@ -95,6 +95,7 @@ class GatedSpectralDense(AdapterLayer):
         Returns:
             How many gates stay.
         """
+        check_number(threshold, "threshold", 0)
         gates = ops.convert_to_tensor(self.gates)
         keep = ops.abs(gates) > threshold
         self.gates.assign(ops.where(keep, gates, 0.0))

@@ -5,9 +5,10 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral.checks import check_alpha
 from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 
@@ -39,7 +40,7 @@ class LoRADense(AdapterLayer):
     Args:
         layer: The base layer.
         rank: Columns of A, 1 to min(n_in, n_out).
-        alpha: Strength of the update. Defaults to `rank`, so `s = 1`.
+        alpha: Strength of the update, not 0. Defaults to `rank`, so `s = 1`.
         dropout: Share of inputs dropped before A while training, 0 <= p < 1.
         scaling: `"standard"` (alpha/rank) or `"rslora"` (alpha/sqrt(rank)).
         initializer: `"kaiming"` or `"pissa"`.
@@ -63,6 +64,8 @@ class LoRADense(AdapterLayer):
     >>> sum(w.shape[0] * w.shape[1] for w in layer.trainable_weights)
     384
     """
+
+    trains = "the thin pair A, B"
 
     def __init__(
         self,
@@ -93,16 +96,18 @@ class LoRADense(AdapterLayer):
 
 def set_lora_options(adapter, rank, alpha, dropout, scaling, initializer, seed):
     """Checks and keeps the options that LoRA and its relatives share."""
-    check_rank(rank)
-    if alpha is not None:
-        check_number(alpha, "alpha")
     check_choice(scaling, "scaling", ("standard", "rslora"))
     check_choice(initializer, "initializer", ("kaiming", "pissa"))
-    adapter.rank = int(rank)
-    adapter.alpha = adapter.rank if alpha is None else alpha
+    set_rank_and_alpha(adapter, rank, alpha)
     adapter.scaling = scaling
     adapter.initializer = initializer
     adapter.set_dropout(dropout, seed)
+
+
+def set_rank_and_alpha(adapter, rank, alpha):
+    """Checks and keeps a rank and a strength, which defaults to it."""
+    adapter.rank = check_rank(rank)
+    adapter.alpha = adapter.rank if alpha is None else check_alpha(alpha)
 
 
 def lora_scale(rank, alpha, scaling):
@@ -125,7 +130,8 @@ def add_lora_factors(adapter):
     """Gives the adapter `lora_a`, `lora_b` and, for PiSSA, their start."""
     check_max_rank(adapter)
     bound = math.sqrt(1 / adapter.view.fan_in)
-    a_start = keras.initializers.RandomUniform(-bound, bound, adapter.seed)
+    seed = derived_seed(adapter.seed, "lora_a")
+    a_start = keras.initializers.RandomUniform(-bound, bound, seed)
     b_start = "zeros"
     if adapter.initializer == "pissa":
         a_start, b_start = _pissa_start(adapter)

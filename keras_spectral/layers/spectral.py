@@ -1,11 +1,10 @@
 """SpectralDense: training in a kernel's singular directions."""
 
-import numbers
-
 from keras import ops
 
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_rank
+from keras_spectral.checks import is_whole
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.linalg import cayley
@@ -67,11 +66,13 @@ class SpectralDense(AdapterLayer):
     [(4, 4), (4, 4), (4,)]
     """
 
+    trains = "changes of the kernel's singular vectors or values"
+
     def __init__(self, layer, rank=None, mode="additive", columns=0, **kwargs):
         super().__init__(layer, **kwargs)
         check_choice(mode, "mode", ("additive", "rotate", "values"))
         if rank is not None:
-            check_rank(rank)
+            rank = check_rank(rank)
         self.rank = rank
         self.mode = mode
         self.columns = _check_columns(columns, rank)
@@ -178,5 +179,4 @@ def _check_columns(columns, rank):
 
 
 def _is_column(value):
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return whole and value >= 0
+    return is_whole(value) and value >= 0

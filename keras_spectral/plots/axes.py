@@ -4,6 +4,10 @@
 def new_axes(ax, size):
     """The figure and axes given, or new ones; matplotlib is needed here."""
     if ax is not None:
+        if not hasattr(ax, "figure") or not hasattr(ax, "plot"):
+            raise ValueError(
+                f"Received ax={ax!r}. Expected matplotlib axes, or None."
+            )
         return ax.figure, ax
     try:
         from matplotlib.figure import Figure

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from keras_spectral.checks import check_mapping
+from keras_spectral.checks import check_rank
 from keras_spectral.plots.axes import new_axes
 from keras_spectral.plots.axes import short_paths
 
 _COLORS = ("#30638e", "#d1495b", "#edae49", "#66a182")
+_EXPECTED = "what `collect_gates` gives"
 Gates = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -96,6 +99,7 @@ def plot_gate_histogram(gates: Gates, bins: int = 20, ax=None):
         ValueError: There are no gates.
         ImportError: matplotlib is missing.
     """
+    check_rank(bins, "bins")
     names, _ = _table(gates, np.mean)
     figure, ax = new_axes(ax, (6, 3.5))
     for i, name in enumerate(names):
@@ -135,9 +139,11 @@ def plot_gate_history(records: Sequence[Mapping[str, Any]], ax=None):
         ValueError: There are no records.
         ImportError: matplotlib is missing.
     """
-    if not records:
+    known = isinstance(records, Sequence) and all(map(_is_record, records))
+    if not known or not records:
         raise ValueError(
-            "Received no records. Expected those of a GateRecorder after `fit`."
+            f"Received records={records!r}. Expected those of a GateRecorder "
+            "after `fit`."
         )
     steps = [record["step"] for record in records]
     curves: dict[str, dict[str, list[float]]] = {}
@@ -161,13 +167,15 @@ def plot_gate_history(records: Sequence[Mapping[str, Any]], ax=None):
 
 def _table(gates, statistic):
     """The names of all gates, and a table blocks x gates."""
+    for parts in check_mapping(gates, "gates", _EXPECTED).values():
+        check_mapping(parts, "gates", _EXPECTED)
     names = list(dict.fromkeys(n for parts in gates.values() for n in parts))
-    if not names:
-        raise ValueError(
-            "Received no gates. Expected what `collect_gates` gives."
-        )
     table = np.full((len(gates), len(names)), np.nan)
     for row, parts in enumerate(gates.values()):
         for name, values in parts.items():
             table[row, names.index(name)] = statistic(values)
     return names, table
+
+
+def _is_record(record):
+    return isinstance(record, Mapping) and {"step", "gates"} <= record.keys()

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from keras_spectral.checks import check_model
+from keras_spectral.checks import check_rank
+from keras_spectral.checks import is_whole
 from keras_spectral.optimizers import IVON
 from keras_spectral.plots.axes import new_axes
 from keras_spectral.plots.axes import short_paths
@@ -27,7 +30,8 @@ def plot_rank_history(ranks: Sequence[Mapping[str, int]], ax=None):
         ValueError: It holds no ranks.
         ImportError: matplotlib is missing.
     """
-    _check(ranks, Sequence, "`budget.ranks`")
+    known = isinstance(ranks, Sequence) and all(map(_are_ranks, ranks))
+    _check(known and ranks, ranks, "`budget.ranks`")
     figure, ax = new_axes(ax, (7, 3.5))
     epochs = range(1, len(ranks) + 1)
     for path, name in zip(ranks[0], short_paths(list(ranks[0]))):
@@ -60,7 +64,7 @@ def plot_rank_map(ranks: Mapping[str, int], ax=None):
         ValueError: It holds no ranks.
         ImportError: matplotlib is missing.
     """
-    _check(ranks, Mapping, "`budget.ranks[-1]`")
+    _check(_are_ranks(ranks), ranks, "`budget.ranks[-1]`")
     places = [path.rpartition("/")[::2] for path in ranks]
     layers = list(dict.fromkeys(layer for layer, _ in places))
     names = list(dict.fromkeys(name for _, name in places))
@@ -99,6 +103,8 @@ def plot_posterior(model: keras.Model, bins: int = 40, ax=None):
         ValueError: The model's optimizer is not IVON, or not built.
         ImportError: matplotlib is missing.
     """
+    check_model(model)
+    check_rank(bins, "bins")
     optimizer = getattr(model, "optimizer", None)
     if not isinstance(optimizer, IVON):
         raise ValueError(
@@ -121,8 +127,14 @@ def plot_posterior(model: keras.Model, bins: int = 40, ax=None):
     return figure
 
 
-def _check(ranks, kind, expected):
-    if not isinstance(ranks, kind) or not ranks:
+def _are_ranks(ranks):
+    """Whether it is a dictionary of ranks by path, and not empty."""
+    known = isinstance(ranks, Mapping) and len(ranks) > 0
+    return known and all(map(is_whole, ranks.values()))
+
+
+def _check(known, ranks, expected):
+    if not known:
         raise ValueError(
             f"Received {ranks!r}. Expected {expected} of a RankBudget after "
             "`fit`."

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral.checks import check_model
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.linalg import truncated_svd
@@ -36,6 +37,12 @@ def plot_spectrum(model: keras.Model, path: str, ax=None):
             block, which has no kernel.
         ImportError: matplotlib is missing.
     """
+    check_model(model)
+    if not isinstance(path, str):
+        raise ValueError(
+            f"Received path={path!r}. Expected a regex that matches the whole "
+            "path of one adapted layer."
+        )
     found = adapter_places(model)
     matched = match_paths(found, path)
     if len(matched) != 1:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from keras_spectral.checks import check_mapping
 from keras_spectral.plots.axes import new_axes
 
 
@@ -27,6 +28,8 @@ def plot_transfer(
         ValueError: The history has no such metric of the pair alone.
         ImportError: matplotlib is missing.
     """
+    expected = "`model.fit(...).history`"
+    check_mapping(history, "history", expected)
     together, alone = f"val_{metric}", f"val_adapter_{metric}"
     missing = [n for n in (together, alone, "decay") if n not in history]
     if missing:

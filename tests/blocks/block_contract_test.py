@@ -153,7 +153,8 @@ def test_fit_moves_the_adapters_and_nothing_else(variant):
     before = [w.numpy() for w in model.trainable_weights]
     model.trainable = True  # must not thaw the base
     model.compile(optimizer=keras.optimizers.Adam(0.05), loss="mse")
-    model.fit(block_cases.inputs(), 2 * plain + 1, epochs=3, verbose=0)
+    # Gumbel gates leave a part out of some steps.
+    model.fit(block_cases.inputs(), 2 * plain + 1, epochs=8, verbose=0)
     after = [w for a in adapters for w in a.layer.weights]
     for weight, value in zip(after, frozen):
         np.testing.assert_array_equal(weight.numpy(), value)

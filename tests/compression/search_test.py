@@ -77,3 +77,35 @@ def test_a_failed_search_changes_nothing():
     ks.unwrap_model(model)
     with pytest.raises(ValueError, match="no adapters of method 'dylora'"):
         ks.search_rank(model, data)
+
+
+@pytest.mark.parametrize(
+    "data", [None, [], (np.ones((0, 16)), np.ones((0, 16)))]
+)
+def test_no_data(data):
+    model = _model()
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="Expected at least one example"):
+        ks.search_rank(model, data, "loss", mode="min")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"metric": 3}, "metric=3"),
+        ({"per_layer": "no"}, "per_layer='no'"),
+        ({"metric": lambda model, data: float("nan")}, "gave NaN"),
+        ({"drop": float("inf")}, "drop=inf"),
+    ],
+)
+def test_bad_options_leave_the_ranks(options, expected):
+    model = _model()
+    with pytest.raises(ValueError, match=expected):
+        ks.search_rank(model, None, **options)
+    assert [layer.active_rank() for layer in model.layers] == [8, 8]
+
+
+@pytest.mark.parametrize("model", [None, 3, keras.Sequential()])
+def test_what_is_no_model_to_search(model):
+    with pytest.raises(ValueError, match="Expected a"):
+        ks.search_rank(model, None)
