@@ -167,3 +167,22 @@ EMBEDDING = [
 ALL = DENSE + EINSUM + CONV + GROUPED + EMBEDDING
 PLAIN_CONV = [c for c in CONV if "separable" not in c.name]
 PLAIN_CONV = [c for c in PLAIN_CONV if "transpose" not in c.name] + GROUPED
+
+
+def named(*names):
+    """The cases of these names."""
+    return [case for case in ALL if case.name in names]
+
+
+# Where each case is compiled, and for most methods: as many as there are
+# views, and ways of a view.
+ONE_PER_VIEW = named(
+    "dense",
+    "einsum_kernel_last",
+    "einsum_batched",
+    "conv_2d_strided",
+    "conv_2d_groups",
+    "conv_separable",
+    "conv_transpose",
+    "embedding",
+)

@@ -2,9 +2,27 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from lora_test import lora_matrix
+from variants import Variant
+from variants import lora_size
 
 import keras_spectral as ks
 from keras_spectral.wrap import adapter_places
+
+
+def _formula(variant, adapter, lora_a, lora_e, lora_b, **state):
+    return lora_matrix(adapter, 3 / (2 + 1e-5), lora_a * lora_e, lora_b)
+
+
+VARIANTS = [
+    Variant(
+        ks.AdaLoRADense,
+        "adalora",
+        {"rank": 2, "alpha": 3},
+        _formula,
+        lambda case, layer: lora_size(case, layer) + 2,
+    ),
+]
 
 
 def _numpy(x):

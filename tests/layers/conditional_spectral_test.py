@@ -2,8 +2,26 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from variants import Variant
 
 import keras_spectral as ks
+
+
+def _size(case, layer):
+    rank, hidden, embedding = 2, 8, 3
+    inner = (rank + embedding) * hidden + hidden + hidden * rank + rank
+    return inner + embedding
+
+
+VARIANTS = [
+    Variant(
+        ks.ConditionalSpectralDense,
+        "conditional",
+        {"rank": 2, "hidden": 8, "embedding": 3, "alpha": 1.0},
+        None,
+        _size,
+    ),
+]
 
 
 def _layer(**options):

@@ -2,12 +2,54 @@ import os
 import pathlib
 
 import keras
+import layer_cases
 import numpy as np
 import pytest
 from keras import ops
+from lora_test import lora_matrix
+from variants import Variant
 
 import keras_spectral as ks
 from keras_spectral.layers.conv_lora import loralib_kernel
+
+
+def _channel(variant, adapter, **weights):
+    return lora_matrix(adapter, 4 / 2, **weights)
+
+
+def _loralib(variant, adapter, lora_a, lora_b):
+    size, _, c_in, c_out = adapter.layer.kernel.shape
+    flat = (lora_b @ lora_a).reshape(-1)
+    kernel = np.zeros((size, size, c_in, c_out), "float32")
+    for i, j, c, o in np.ndindex(*kernel.shape):
+        kernel[i, j, c, o] = flat[((o * c_in + c) * size + i) * size + j]
+    return ops.convert_to_numpy(adapter.view.to_matrix(kernel))
+
+
+def _loralib_size(case, layer):
+    size, _, c_in, c_out = layer.kernel.shape
+    return 2 * size**2 * (c_in * layer.groups + c_out // layer.groups)
+
+
+VARIANTS = [
+    Variant(
+        ks.ConvLoRA,
+        "channel",
+        {"rank": 2, "alpha": 4},
+        _channel,
+        cases=layer_cases.PLAIN_CONV,
+    ),
+    Variant(
+        ks.ConvLoRA,
+        "loralib",
+        {"rank": 2, "factorization": "loralib"},
+        _loralib,
+        _loralib_size,
+        cases=layer_cases.named(
+            "conv_2d", "conv_2d_strided", "conv_2d_1x1", "conv_2d_groups"
+        ),
+    ),
+]
 
 
 def test_loralib_view_elementwise():

@@ -2,8 +2,59 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from lora_test import lora_matrix
+from variants import Variant
 
 import keras_spectral as ks
+
+
+def _halfway(adapter):
+    adapter.step.assign(2)  # of four
+
+
+def _faded(adapter, decay):
+    """What the original has lost, of a factor that is half of the way."""
+    kernel = np.float64(_numpy(adapter.view.matrix()))
+    return (1 - decay) * kernel
+
+
+def _truncated(variant, adapter, start_a, start_b, lora_a, lora_b, **state):
+    pair = lora_matrix(adapter, 3 / 2, lora_a, lora_b)
+    start = lora_matrix(adapter, 3 / 2, start_a, start_b)
+    return pair - 0.5 * start - _faded(adapter, 0.5)
+
+
+def _full(variant, adapter, lora_a, lora_b, **state):
+    # A cosine is at its middle half of the way: (1 + 0.1) / 2.
+    return lora_matrix(adapter, 1, lora_a, lora_b) - _faded(adapter, 0.55)
+
+
+VARIANTS = [
+    Variant(
+        ks.DecayingLoRA,
+        "decaying",
+        {"rank": 2, "alpha": 3, "end_step": 4},
+        _truncated,
+        exact_start=False,
+        settle=_halfway,
+    ),
+    Variant(
+        ks.DecayingLoRA,
+        "decaying_bias",
+        {
+            "rank": 2,
+            "end_step": 4,
+            "schedule": "cosine",
+            "min_decay": 0.1,
+            "residual": "full",
+            "decay_bias": True,
+        },
+        _full,
+        starts_as_base=False,
+        settle=_halfway,
+        bias_share=0.55,
+    ),
+]
 
 
 def _layer(shape=(5, 6), **options):

@@ -1,9 +1,29 @@
 import keras
+import layer_cases
 import numpy as np
 import pytest
 from keras import ops
+from lora_test import lora_matrix
+from variants import Variant
 
 import keras_spectral as ks
+
+
+def _formula(variant, adapter, lora_a, lora_b, **state):
+    alpha = variant.options.get("alpha", 2)
+    return lora_matrix(adapter, alpha / 2, lora_a, lora_b)
+
+
+VARIANTS = [
+    Variant(ks.DyLoRADense, "dylora", {"rank": 2, "alpha": 3}, _formula),
+    Variant(
+        ks.DyLoRADense,
+        "dylora_frozen",
+        {"rank": 2, "frozen": True},
+        _formula,
+        cases=layer_cases.named("dense", "conv_2d_strided"),
+    ),
+]
 
 
 def _layer(**options):

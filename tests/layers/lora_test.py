@@ -1,9 +1,52 @@
 import keras
+import layer_cases
 import numpy as np
 import pytest
 from keras import ops
+from variants import Variant
+from variants import on_blocks
 
 import keras_spectral as ks
+
+
+def lora_matrix(adapter, scale, lora_a, lora_b):
+    """`scale A B`, as far as the kernel has weights."""
+    return on_blocks(adapter, scale * (lora_a @ lora_b))
+
+
+def _standard(variant, adapter, **weights):
+    alpha = variant.options.get("alpha", 2)
+    return lora_matrix(adapter, alpha / 2, **weights)
+
+
+def _rslora(variant, adapter, **weights):
+    return lora_matrix(adapter, 3 / np.sqrt(2), **weights)
+
+
+def _pissa(variant, adapter, start_a, start_b, **weights):
+    start = lora_matrix(adapter, 1, start_a, start_b)
+    return lora_matrix(adapter, 1, **weights) - start
+
+
+VARIANTS = [
+    Variant(
+        ks.LoRADense, "lora", {"rank": 2}, _standard, cases=layer_cases.ALL
+    ),
+    Variant(
+        ks.LoRADense,
+        "rslora",
+        {"rank": 2, "scaling": "rslora", "alpha": 3},
+        _rslora,
+        cases=layer_cases.named("dense", "conv_2d_strided"),
+    ),
+    Variant(
+        ks.LoRADense,
+        "pissa",
+        {"rank": 2, "initializer": "pissa"},
+        _pissa,
+        exact_start=False,
+    ),
+]
 
 
 def _layer(**options):

@@ -2,15 +2,79 @@ import os
 import pathlib
 
 import keras
+import layer_cases
 import numpy as np
 import pytest
 from keras import ops
+from variants import Variant
+from variants import on_blocks
 
 import keras_spectral as ks
+from keras_spectral.kernels import kernel_view
 
 
-def _layer(cls=ks.SpectralDense, shape=(5, 6), **options):
-    layer = cls(keras.layers.Dense(shape[1], name="base"), **options)
+def spectral_matrix(u, s, v, new_u=None, new_s=None, new_v=None):
+    """K' - K; of K only the triplets u, s, v change."""
+    new_u = u if new_u is None else new_u
+    new_s = s if new_s is None else new_s
+    new_v = v if new_v is None else new_v
+    return new_u @ np.diag(new_s) @ new_v.T - u @ np.diag(s) @ v.T
+
+
+def _additive(variant, adapter, u, s, v, delta_u, delta_v):
+    change = spectral_matrix(u, s, v, new_u=u + delta_u, new_v=v + delta_v)
+    return on_blocks(adapter, change)
+
+
+def _rotate(variant, adapter, u, s, v, angles_u, angles_v, stretch):
+    turned = u @ _rotation(angles_u), s * stretch, v @ _rotation(angles_v)
+    return on_blocks(adapter, spectral_matrix(u, s, v, *turned))
+
+
+def _rotation(x):
+    z, eye = (x - x.T) / 2, np.eye(len(x))
+    return (eye - z) @ np.linalg.inv(eye + z)
+
+
+def _values(variant, adapter, u, s, v, delta_s):
+    change = spectral_matrix(u, s, v, new_s=np.maximum(s + delta_s, 0))
+    return on_blocks(adapter, change)
+
+
+def _count_values(case, layer):
+    view = kernel_view(layer)
+    return min(view.n_in, view.n_out)
+
+
+VARIANTS = [
+    Variant(ks.SpectralDense, "additive", {"rank": 2}, _additive),
+    Variant(
+        ks.SpectralDense,
+        "columns",
+        {"rank": 2, "columns": [2, 0]},
+        _additive,
+        cases=layer_cases.named("dense", "conv_2d_strided"),
+    ),
+    Variant(
+        ks.SpectralDense,
+        "rotate",
+        {"rank": 2, "mode": "rotate"},
+        _rotate,
+        lambda case, layer: 10,
+    ),
+    Variant(
+        ks.SpectralDense,
+        "values",
+        {"mode": "values"},
+        _values,
+        _count_values,
+    ),
+]
+
+
+def _layer(shape=(5, 6), **options):
+    base = keras.layers.Dense(shape[1], name="base")
+    layer = ks.SpectralDense(base, **options)
     layer.build((None, shape[0]))
     return layer
 
@@ -118,43 +182,9 @@ def test_bad_options(options):
         _layer(**options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"directions": 6}, {"directions": 0}, {"l1": -1}, {"rank": "8"}],
-)
-def test_bad_gate_options(options):
-    with pytest.raises(ValueError, match="Expected"):
-        _layer(ks.GatedSpectralDense, **options)
-
-
 def test_a_bad_column_leaves_the_model_as_it_was():
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(6)])
     layer = model.layers[0]
     with pytest.raises(ValueError, match="dense.*singular values"):
         ks.wrap_model(model, "spectral", target=keras.layers.Dense, columns=[5])
     assert model.layers[0] is layer and layer.trainable
-
-
-def test_gates_start_closed_and_the_default_number_is_twice_the_rank():
-    layer = _layer(ks.GatedSpectralDense, (40, 30), rank=4)
-    assert layer.directions == 8 and not layer.gates.numpy().any()
-    assert _layer(ks.GatedSpectralDense).directions == 5  # no more are there
-
-
-def test_l1_joins_the_loss_once():
-    layer = _layer(ks.GatedSpectralDense, directions=3, l1=0.5)
-    layer.gates.assign([1.0, -2.0, 0.0])
-    x = np.ones((2, 5), "float32")
-    layer(x), layer(x)
-    (loss,) = layer.losses
-    assert ops.convert_to_numpy(loss) == 1.5
-
-
-def test_prune_gates():
-    layer = _layer(ks.GatedSpectralDense, directions=4)
-    layer.gates.assign([0.5, -0.05, 0.0, -0.2])
-    assert layer.active_gates(0.1) == 2
-    assert layer.prune_gates(0.1) == 2
-    np.testing.assert_array_equal(
-        layer.gates.numpy(), np.float32([0.5, 0, 0, -0.2])
-    )
