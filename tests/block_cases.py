@@ -9,6 +9,11 @@ import keras_spectral as ks
 WIDTH, HEADS, TOKENS, BATCH = 8, 2, 5, 3
 
 
+def net_size(size):
+    """How many weights a net of two layers and one inner size has."""
+    return 2 * WIDTH * size + size + WIDTH
+
+
 @keras.saving.register_keras_serializable("tests")
 class Block(keras.layers.Layer):
     """A BERT block: attention, sum, norm, feed-forward net, sum, norm."""

@@ -1,12 +1,10 @@
 """What every adapter of a block promises."""
 
-import dataclasses
-import inspect
-
 import block_cases
 import keras
 import numpy as np
 import pytest
+import variants
 from block_cases import TOKENS
 from block_cases import WIDTH
 from keras import ops
@@ -15,85 +13,7 @@ import keras_spectral as ks
 from keras_spectral.blocks import BlockAdapter
 from keras_spectral.wrap import adapter_places
 
-
-def _net(size):
-    return 2 * WIDTH * size + size + WIDTH
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """Options of an adapter, and how many weights a block then trains."""
-
-    adapter: str
-    name: str
-    options: dict
-    size: int
-    starts_as_base: bool = True
-
-
-_PARTS = {"lora": 2, "prefix": 3, "adapter": 2}
-_PARTS_SIZE = 2 * 2 * 2 * WIDTH + 3 * 2 * WIDTH + _net(2)
-VARIANTS = [
-    Variant("BottleneckAdapter", "pfeiffer", {"size": 2}, _net(2)),
-    Variant(
-        "BottleneckAdapter",
-        "houlsby",
-        {"size": 2, "placement": "houlsby", "activation": "gelu"},
-        2 * _net(2),
-    ),
-    Variant(
-        "BottleneckAdapter",
-        "parallel",
-        {"placement": "parallel", "strength": 4.0},
-        _net(1),
-    ),
-    Variant(
-        "BottleneckAdapter",
-        "post",
-        {"size": 2, "placement": "post", "channel_scale": True},
-        _net(2) + WIDTH,
-    ),
-    Variant("PrefixTuning", "flat", {"length": 3}, 6 * WIDTH, False),
-    Variant(
-        "PrefixTuning",
-        "hidden",
-        {"length": 3, "hidden": 4},
-        3 * WIDTH + WIDTH * 4 + 4 + 4 * 2 * WIDTH + 2 * WIDTH,
-        False,
-    ),
-    Variant(
-        "UniPELTBlock",
-        "sigmoid",
-        {**_PARTS, "sparsity": 0.01, "penalty": "l1"},
-        _PARTS_SIZE + 4 * (WIDTH + 1),
-        False,
-    ),
-    Variant(
-        "UniPELTBlock",
-        "softmax",
-        {**_PARTS, "gate": "softmax", "warmup_steps": 0},
-        _PARTS_SIZE + 64 * (WIDTH + 1) + 3 * 65,
-        False,
-    ),
-    Variant(
-        "UniPELTBlock",
-        "gumbel",
-        {
-            **_PARTS,
-            "gate": "gumbel",
-            "sparsity": 0.1,
-            "penalty": "latency",
-        },
-        _PARTS_SIZE + 3,
-        False,
-    ),
-    Variant(
-        "UniPELTBlock",
-        "no_prefix",
-        {**_PARTS, "prefix": 0, "mask_padding": False},
-        _PARTS_SIZE - 6 * WIDTH + 3 * (WIDTH + 1),
-    ),
-]
+VARIANTS = variants.collected("blocks")
 CONTRACT = pytest.mark.parametrize(
     "variant", [pytest.param(v, id=v.name) for v in VARIANTS]
 )
@@ -101,14 +21,8 @@ CONTRACT = pytest.mark.parametrize(
 
 def test_no_adapter_of_blocks_skips_the_contract():
     # SoftPrompt is around a whole backbone: `soft_prompt_test.py`.
-    adapters = {
-        name
-        for name in ks.__all__
-        if inspect.isclass(getattr(ks, name))
-        and issubclass(getattr(ks, name), BlockAdapter)
-    }
-    adapted = {variant.adapter for variant in VARIANTS}
-    assert adapters == adapted | {"SoftPrompt"}
+    without = variants.without_variants(ks, BlockAdapter, VARIANTS)
+    assert without == ["SoftPrompt"]
 
 
 def _numpy(x):
@@ -122,7 +36,7 @@ def _outputs(model):
 def _wrapped(variant, dtype=None):
     model = block_cases.model(dtype=dtype)
     plain = _outputs(model)
-    cls = getattr(ks, variant.adapter)
+    cls = variant.adapter
     ks.wrap_model(model, cls, seed=1, **variant.options)
     adapters = [place.layer for place in adapter_places(model)]
     assert [type(adapter) for adapter in adapters] == [cls, cls]
@@ -198,7 +112,7 @@ def test_padding_is_without_effect(variant):
 
 @CONTRACT
 def test_hand_built_layers_round_trip_and_go_on_learning(variant, tmp_path):
-    cls = getattr(ks, variant.adapter)
+    cls = variant.adapter
     layers = [
         cls(block_cases.Block(name=f"block_{i}"), seed=1, **variant.options)
         for i in range(2)
@@ -256,12 +170,13 @@ def test_an_unknown_block_raises_with_the_way_out():
 
 
 def test_lora_inside_of_a_wrapped_block_trains_as_well():
-    model, adapters, plain = _wrapped(VARIANTS[0])
+    pfeiffer = next(v for v in VARIANTS if v.name == "pfeiffer")
+    model, _, plain = _wrapped(pfeiffer)
     ks.wrap_model(model, "lora", target=r"block_\d/attention/query", rank=2)
     assert len(adapter_places(model)) == 4
     extra = 2 * 2 * 2 * WIDTH
     count = sum(np.prod(w.shape) for w in model.trainable_weights)
-    assert count == 2 * _net(2) + extra
+    assert count == 2 * pfeiffer.size + extra
     model.compile(optimizer="adam", loss="mse")
     model.trainable = True
     assert sum(np.prod(w.shape) for w in model.trainable_weights) == count

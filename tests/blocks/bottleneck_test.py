@@ -2,9 +2,34 @@ import block_cases
 import keras
 import numpy as np
 import pytest
+from block_cases import WIDTH
+from block_cases import net_size
 from keras import ops
+from variants import BlockVariant
 
 import keras_spectral as ks
+
+VARIANTS = [
+    BlockVariant(ks.BottleneckAdapter, "pfeiffer", {"size": 2}, net_size(2)),
+    BlockVariant(
+        ks.BottleneckAdapter,
+        "houlsby",
+        {"size": 2, "placement": "houlsby", "activation": "gelu"},
+        2 * net_size(2),
+    ),
+    BlockVariant(
+        ks.BottleneckAdapter,
+        "parallel",
+        {"placement": "parallel", "strength": 4.0},
+        net_size(1),
+    ),
+    BlockVariant(
+        ks.BottleneckAdapter,
+        "post",
+        {"size": 2, "placement": "post", "channel_scale": True},
+        net_size(2) + WIDTH,
+    ),
+]
 
 
 def _numpy(x):

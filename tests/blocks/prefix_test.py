@@ -6,8 +6,26 @@ from block_cases import HEADS
 from block_cases import TOKENS
 from block_cases import WIDTH
 from keras import ops
+from variants import BlockVariant
 
 import keras_spectral as ks
+
+VARIANTS = [
+    BlockVariant(
+        ks.PrefixTuning,
+        "flat",
+        {"length": 3},
+        6 * WIDTH,
+        starts_as_base=False,
+    ),
+    BlockVariant(
+        ks.PrefixTuning,
+        "hidden",
+        {"length": 3, "hidden": 4},
+        3 * WIDTH + WIDTH * 4 + 4 + 4 * 2 * WIDTH + 2 * WIDTH,
+        starts_as_base=False,
+    ),
+]
 
 
 def _numpy(x):

@@ -5,11 +5,43 @@ import pytest
 from block_cases import HEADS
 from block_cases import TOKENS
 from block_cases import WIDTH
+from block_cases import net_size
 from keras import ops
+from variants import BlockVariant
 
 import keras_spectral as ks
 
 PARTS = {"lora": 2, "prefix": 3, "adapter": 2}
+_SIZE = 2 * 2 * 2 * WIDTH + 3 * 2 * WIDTH + net_size(2)
+VARIANTS = [
+    BlockVariant(
+        ks.UniPELTBlock,
+        "sigmoid",
+        {**PARTS, "sparsity": 0.01, "penalty": "l1"},
+        _SIZE + 4 * (WIDTH + 1),
+        starts_as_base=False,
+    ),
+    BlockVariant(
+        ks.UniPELTBlock,
+        "softmax",
+        {**PARTS, "gate": "softmax", "warmup_steps": 0},
+        _SIZE + 64 * (WIDTH + 1) + 3 * 65,
+        starts_as_base=False,
+    ),
+    BlockVariant(
+        ks.UniPELTBlock,
+        "gumbel",
+        {**PARTS, "gate": "gumbel", "sparsity": 0.1, "penalty": "latency"},
+        _SIZE + 3,
+        starts_as_base=False,
+    ),
+    BlockVariant(
+        ks.UniPELTBlock,
+        "no_prefix",
+        {**PARTS, "prefix": 0, "mask_padding": False},
+        _SIZE - 6 * WIDTH + 3 * (WIDTH + 1),
+    ),
+]
 
 
 def _numpy(x):
