@@ -18,19 +18,10 @@ from keras_spectral.blocks import BlockAdapter
 from keras_spectral.layers import METHODS
 
 VARIANTS = variants.collected("layers")
-
-
-def _cases(variant):
-    """PyTorch, which compiles nothing, runs all of a variant's cases."""
-    everywhere = keras.backend.backend() == "torch"
-    chosen = layer_cases.ONE_PER_VIEW
-    return [case for case in variant.cases if everywhere or case in chosen]
-
-
 PAIRS = [
     pytest.param(variant, case, id=f"{variant.name}-{case.name}")
     for variant in VARIANTS
-    for case in _cases(variant)
+    for case in layer_cases.on_this_backend(variant.cases)
 ]
 CONTRACT = pytest.mark.parametrize(("variant", "case"), PAIRS)
 MERGING = pytest.mark.parametrize(

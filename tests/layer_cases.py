@@ -174,8 +174,8 @@ def named(*names):
     return [case for case in ALL if case.name in names]
 
 
-# Where each case is compiled, and for most methods: as many as there are
-# views, and ways of a view.
+# For most methods, and where each case is compiled: one for each view, and
+# for each way of one.
 ONE_PER_VIEW = named(
     "dense",
     "einsum_kernel_last",
@@ -186,3 +186,9 @@ ONE_PER_VIEW = named(
     "conv_transpose",
     "embedding",
 )
+
+
+def on_this_backend(cases):
+    """PyTorch, which compiles nothing, runs all; the others one per view."""
+    everywhere = keras.backend.backend() == "torch"
+    return [case for case in cases if everywhere or case in ONE_PER_VIEW]

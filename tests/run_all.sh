@@ -1,43 +1,55 @@
 #!/bin/sh
-# The whole test suite, in two lanes for two cores: three backends, the slow
-# checks once, the core on the oldest Keras. Set BIN and OLDEST (see Makefile).
+# The whole test suite: three backends, the slow checks once, the core on the
+# oldest Keras. Set BIN and OLDEST (see Makefile).
+#
+# `run_all.sh` puts all lanes into a queue, the longest first, from which
+# WORKERS (2) take one after the other; `run_all.sh jax slow` runs these two.
 set -u
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Compiling takes longer than running here.
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1
-logs=$(mktemp -d)
-failed=0
+lanes="tensorflow-hub tensorflow jax jax-hub torch torch-hub slow oldest"
+hub="tests/hub_sweep_test.py tests/hub_test.py tests/hub_blocks_test.py"
 
-run() { # name, then pytest's arguments
-    name=$1
+# A lane's name is its backend and, after a dash, its part of the tests.
+lane() {
+    case $1 in
+    slow) try torch -m slow ;;
+    # KerasHub itself asks for a newer Keras than our oldest, and that one has
+    # warnings on a newer PyTorch. Of the contract it runs two kinds of layer.
+    oldest)
+        PYTHONPATH=$OLDEST try torch -m "not slow" -W default \
+            -k "not contract_test or dense or conv_2d" $(without_hub)
+        ;;
+    *-hub) try "${1%-hub}" -m "not slow" $hub ;;
+    *) try "$1" -m "not slow" $(without_hub) ;;
+    esac
+}
+
+try() { # backend, then pytest's arguments
+    backend=$1
     shift
-    "$BIN/python" -m pytest "$@" >"$logs/$name" 2>&1
-    echo $? >"$logs/$name.rc"
+    KERAS_BACKEND=$backend "$BIN/python" -m pytest -p no:cacheprovider "$@"
 }
 
-report() { # name
-    echo "== $1"
-    cat "$logs/$1"
-    [ "$(cat "$logs/$1.rc")" = 0 ] || failed=1
+without_hub() {
+    for file in $hub; do
+        echo "--ignore=$file"
+    done
 }
 
-# KerasHub itself asks for a newer Keras than our oldest, and that one has
-# warnings on a newer PyTorch. Of the contract it runs two kinds of layer.
-(
-    KERAS_BACKEND=jax run jax -m "not slow"
-    KERAS_BACKEND=torch run slow -m slow
-    KERAS_BACKEND=torch PYTHONPATH=$OLDEST run oldest -m "not slow" \
-        -W default -k "not contract_test or dense or conv_2d" \
-        --ignore tests/hub_sweep_test.py --ignore tests/hub_test.py \
-        --ignore tests/hub_blocks_test.py
-) &
-(
-    KERAS_BACKEND=torch run torch -m "not slow"
-    KERAS_BACKEND=tensorflow run tensorflow -m "not slow"
-) &
-wait
-for name in jax torch tensorflow slow oldest; do
-    report $name
-done
-rm -rf "$logs"
-exit $failed
+if [ "${1:-}" = --lane ]; then
+    start=$(date +%s)
+    lane "$2" >"$LOGS/$2" 2>&1
+    result=$?
+    seconds=$(($(date +%s) - start))
+    [ $result = 0 ] || cat "$LOGS/$2"
+    echo "== $2: $((seconds / 60)) min $((seconds % 60)) s," \
+        "$(tail -n 1 "$LOGS/$2")"
+    exit $result
+fi
+
+LOGS=$(mktemp -d)
+export LOGS
+trap 'rm -rf "$LOGS"' EXIT
+printf '%s\n' ${*:-$lanes} | xargs -n 1 -P "${WORKERS:-2}" sh "$0" --lane

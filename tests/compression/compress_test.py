@@ -19,6 +19,11 @@ QUIET = rich.console.Console(quiet=True)
 METHODS = tuple(ranks.RULES)
 # Grouped convolutions run but do not train on TensorFlow's CPU.
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+CASES = pytest.mark.parametrize(
+    "case",
+    layer_cases.on_this_backend(layer_cases.ALL),
+    ids=lambda case: case.name,
+)
 ON_JAX = keras.backend.backend() == "jax"
 
 
@@ -64,7 +69,7 @@ def _snapshot(model):
     return [w.numpy().copy() for w in model.weights]
 
 
-@pytest.mark.parametrize("case", layer_cases.ALL, ids=lambda c: c.name)
+@CASES
 def test_full_rank_equals_the_layer(case, tmp_path):
     layer = _built(case)
     view = kernel_view(layer)
@@ -82,7 +87,7 @@ def test_full_rank_equals_the_layer(case, tmp_path):
     np.testing.assert_array_equal(_numpy(again(x)), _numpy(model(x)))
 
 
-@pytest.mark.parametrize("case", layer_cases.ALL, ids=lambda c: c.name)
+@CASES
 def test_a_low_rank_layer_is_its_matrix(case):
     """Rank 2, against the layer itself with that kernel."""
     layer = _built(case)
@@ -286,7 +291,7 @@ def test_sliced_layers_are_joined_with_an_adapter():
 
 
 @pytest.mark.parametrize("decay_bias", [False, True])
-@pytest.mark.parametrize("case", layer_cases.ALL, ids=lambda c: c.name)
+@CASES
 def test_finished_transfer_is_the_pair_alone(case, decay_bias):
     if ON_TENSORFLOW and "groups" in case.name:
         pytest.skip("TensorFlow has no grouped convolution on a CPU")
