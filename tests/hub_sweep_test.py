@@ -35,12 +35,13 @@ OTHER_LAYOUT = {
 
 
 # PyTorch, which compiles nothing, runs all models; the others these, one for
-# each way in which layers are held, called or shaped.
+# each way in which layers are held, called or shaped. The two tasks hold the
+# backbones of BERT and GPT-2.
 EVERYWHERE = {
     f"{name}_backbone"
     for name in """
-    bart bert clip cspnet deberta_v3 dinov2 gemma3n gpt2 llama mixtral t5 vit
-    whisper xlnet
+    bart clip cspnet deberta_v3 dinov2 gemma3n llama mixtral t5 vit whisper
+    xlnet
     """.split()
 } | {"bert_text_classifier", "gpt2_causal_lm", "mobilenet_v2"}
 
@@ -55,7 +56,7 @@ def _cases():
 
 def test_the_short_list_names_models():
     names = {case.name for case in MODELS + APPLICATIONS}
-    assert names >= EVERYWHERE and len(EVERYWHERE) == 17
+    assert names >= EVERYWHERE and len(EVERYWHERE) == 15
 
 
 def _outputs(model, case):
