@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python tutorials/01_quickstart.py
 
 test: $(READY) $(OLDEST) lint
-	BIN=$(BIN) OLDEST=$(OLDEST) sh tests/run_all.sh
+	BIN=$(BIN) OLDEST=$(OLDEST) sh tests/run_all.sh $(LANES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -143,6 +143,15 @@ def test_disabled_unwrapped_and_merged(variant, case):
     np.testing.assert_array_equal(_numpy(model(case.inputs())), _numpy(plain))
 
 
+@CONTRACT
+def test_switched_off_not_even_nan_shows(variant, case):
+    model, adapter, plain = _wrapped(variant, case)
+    for weight in adapter.trainable_weights:
+        weight.assign(np.full(weight.shape, np.nan))
+    with ks.adapters_disabled(model):
+        np.testing.assert_array_equal(_numpy(model(case.inputs())), plain)
+
+
 @MERGING
 def test_merge_model_gives_plain_layers_with_the_same_outputs(variant, case):
     model, adapter, _ = _wrapped(variant, case)

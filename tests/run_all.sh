@@ -18,7 +18,8 @@ lane() {
     # KerasHub itself asks for a newer Keras than our oldest, and that one has
     # warnings on a newer PyTorch. Of the contract it runs two kinds of layer.
     oldest)
-        PYTHONPATH=$OLDEST try torch -m "not slow" -W default \
+        PYTHONPATH=$OLDEST${PYTHONPATH:+:$PYTHONPATH} \
+            try torch -m "not slow" -W default \
             -k "not contract_test or dense or conv_2d" $(without_hub)
         ;;
     *-hub) try "${1%-hub}" -m "not slow" $hub ;;
