@@ -32,8 +32,9 @@ def twin(layer: keras.layers.Layer, **changes: Any) -> keras.layers.Layer:
 
 def without_ending(layer: keras.layers.Layer) -> keras.layers.Layer:
     """A twin without activation: the layer up to its pre-activation."""
-    # PyTorch would look in vain for what is not in `__dict__`.
-    return twin(layer, **{x: None for x in _ENDINGS if x in vars(layer)})
+    # PyTorch keeps an activation that is a layer outside of `vars`, and looks
+    # there only for what `vars` lacks.
+    return twin(layer, **{x: None for x in _ENDINGS if hasattr(layer, x)})
 
 
 def rerouted(

@@ -155,6 +155,8 @@ class ConvLoRA(AdapterLayer):
     def _delta_kernel(self):
         size, _, c_in, c_out = self.layer.kernel.shape
         product = ops.matmul(self.lora_b * self.scale, self.lora_a)
+        on = ops.not_equal(self.scale, 0.0)  # NaN times 0 is NaN
+        product = ops.where(on, product, 0.0)
         return loralib_kernel(product, size, c_in, c_out)
 
 
