@@ -41,9 +41,10 @@ class EmbeddingView(KernelView):
     def _sizes(self):
         return self.layer.input_dim, self.layer.output_dim
 
-    def _probe(self):
-        table = self.layer(ops.arange(self.n_in))
-        return ops.cast(table, "float32")
+    def _probe(self, spans=None):
+        spans = [(0, self.n_in)] if spans is None else spans
+        ids = ops.concatenate([ops.arange(*span) for span in spans])
+        return ops.cast(self.layer(ids), "float32")
 
 
 class ReversibleEmbeddingView(EmbeddingView):

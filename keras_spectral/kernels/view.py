@@ -51,6 +51,13 @@ class KernelView:
         wide = "float64" if variable.dtype == "float64" else "float32"
         return self.to_matrix(ops.cast(variable, wide))
 
+    def rows(self, numbers: list[int]):
+        """Some rows of `matrix`, in float32, without the cost of all."""
+        if self.quantized:
+            return self._probe([(n, n + 1) for n in numbers])
+        rows = ops.take(self.to_matrix(self.variable()), numbers, axis=0)
+        return ops.cast(rows, "float32")
+
     def assign(self, matrix) -> None:
         """Writes a matrix (n_in x n_out) into the layer's kernel."""
         self.check_assignable()
@@ -178,15 +185,19 @@ class KernelView:
         """Inputs that pick out rows start..stop of `K`, one per example."""
         raise NotImplementedError
 
-    def _probe(self):
+    def _probe(self, spans=None):
         """A linear layer's matrix is its answer to unit vectors.
+
+        `spans` are rows (start, stop) to read; None is all.
 
         This reads any quantisation scheme through the layer's public call;
         unit vectors survive the quantisation of activations exactly.
         """
         rows, layer = [], self.bare()
-        for start in range(0, self.n_in, _PROBE_ROWS):
-            stop = min(start + _PROBE_ROWS, self.n_in)
+        if spans is None:
+            starts = range(0, self.n_in, _PROBE_ROWS)
+            spans = [(n, min(n + _PROBE_ROWS, self.n_in)) for n in starts]
+        for start, stop in spans:
             units = self._unit_inputs(start, stop)
             answer = layer(units) - layer(ops.zeros_like(units))
             rows.append(self._probed_rows(answer, stop - start))

@@ -13,9 +13,9 @@ from keras_spectral.contexts import merged
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import SpectralDense
 from keras_spectral.paths import places
-from keras_spectral.saving.adapter_file import apply_adapters
 from keras_spectral.saving.adapter_file import load_adapters
-from keras_spectral.saving.adapter_file import read_adapters
+from keras_spectral.saving.applying import apply_adapters
+from keras_spectral.saving.reading import read_adapters
 from keras_spectral.surgery import own_variables
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters
