@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import stat
@@ -105,16 +106,14 @@ def test_errors_name_the_path_that_was_given(tmp_path, monkeypatch):
     assert ".part" not in str(caught.value)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device")
 def test_a_full_disk(tmp_path, monkeypatch):
     path = tmp_path / "x"
     _write(path, "old")
 
     def fail(path):
-        with open("/dev/full", "w") as file:
-            file.write("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     monkeypatch.setattr(_files, "_flush", fail)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(OSError, match="space left") as caught:
         _write(path)
     assert str(path) in str(caught.value) and path.read_text() == "old"
