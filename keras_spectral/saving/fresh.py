@@ -87,5 +87,4 @@ def let_go(layers: Iterable[keras.layers.Layer]) -> None:
 
 
 def _can_share(adapter):
-    own = type(adapter).connect.__func__
-    return own is not AdapterLayer.connect.__func__
+    return type(adapter).shared is not AdapterLayer.shared
