@@ -41,10 +41,9 @@ class EmbeddingView(KernelView):
     def _sizes(self):
         return self.layer.input_dim, self.layer.output_dim
 
-    def _probe(self, spans=None):
-        spans = [(0, self.n_in)] if spans is None else spans
-        ids = ops.concatenate([ops.arange(*span) for span in spans])
-        return ops.cast(self.layer(ids), "float32")
+    def _probe(self, numbers=None):
+        ids = ops.arange(self.n_in) if numbers is None else numbers
+        return ops.cast(self.layer(ops.convert_to_tensor(ids)), "float32")
 
 
 class ReversibleEmbeddingView(EmbeddingView):
