@@ -5,10 +5,12 @@ import importlib.util
 import os
 import pathlib
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import safetensors.numpy
 from keras import ops
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from keras_spectral._files import write_safetensors
+from keras_spectral.checks import check_path
 from keras_spectral.kernels.view import KernelView
 from keras_spectral.linalg import randomized_svd
 from keras_spectral.linalg import truncated_svd
@@ -61,7 +64,9 @@ def factorize(
             paths = {}
             if cache is not None:
                 paths = {i: cache.path(kernels[i], count) for i in batch}
-                known = {i: cache.get(paths[i]) for i in batch}
+                known = {
+                    i: cache.get(paths[i], kernels[i], count) for i in batch
+                }
                 found |= {i: t for i, t in known.items() if t is not None}
             missing = [i for i in batch if i not in found]
             if missing:
@@ -132,8 +137,14 @@ class _Cache:
     """Factors on disk; the name is a hash of the kernel and the count."""
 
     def __init__(self, folder):
-        self.folder = pathlib.Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = pathlib.Path(check_path(folder, "svd_cache"))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"Received svd_cache={str(folder)!r}: {error.strerror}. "
+                "Expected a folder, or where one can be made."
+            ) from error
 
     def path(self, kernel, count):
         """The file of a kernel's factors, whether it is there or not."""
@@ -142,17 +153,33 @@ class _Cache:
         digest.update(numbers.tobytes())
         return self.folder / f"{digest.hexdigest()}.safetensors"
 
-    def get(self, path):
+    def get(self, path, kernel, count):
         """The factors; None if there are none or the file is damaged."""
+        n_in, n_out = kernel.shape
+        shapes = {"u": (n_in, count), "s": (count,), "v": (n_out, count)}
+        wide = keras.backend.standardize_dtype(kernel.dtype)
+        kinds = {np.dtype("float32"), np.dtype(wide)}
         try:
             tensors = safetensors.numpy.load_file(path)
-            return Triplets(*(tensors[name] for name in Triplets._fields))
-        except (FileNotFoundError, safetensors.SafetensorError, KeyError):
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError):
             return None
+        fits = tensors.keys() == shapes.keys() and all(
+            tensor.shape == shapes[name]
+            and tensor.dtype in kinds
+            and np.all(np.isfinite(tensor))
+            for name, tensor in tensors.items()
+        )
+        return Triplets(**tensors) if fits else None
 
     def put(self, path, triplets):
+        """Keeps factors; where another user forbids it, it warns."""
         tensors = {
             name: np.ascontiguousarray(ops.convert_to_numpy(value))
             for name, value in triplets._asdict().items()
         }
-        write_safetensors(tensors, path)
+        try:
+            write_safetensors(tensors, path)
+        except PermissionError as error:
+            warnings.warn(
+                f"Factors are not kept in svd_cache: {error}.", stacklevel=2
+            )

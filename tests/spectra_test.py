@@ -1,8 +1,12 @@
 import functools
+import os
+import stat
 
 import keras
 import numpy as np
+import pytest
 import rich.console
+import safetensors.numpy
 from keras import ops
 
 import keras_spectral as ks
@@ -60,6 +64,56 @@ def test_cache_is_used_and_survives_damage(tmp_path, monkeypatch):
     views[0].layer.kernel.assign(2 * views[0].layer.kernel)
     spectra.factorize(requests, folder)
     assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(u=t["u"][:, :1].copy()),
+        lambda t: t.update(u=t["v"]),
+        lambda t: t.update(s=t["s"] * np.nan),
+        lambda t: t.update(v=t["v"].astype("int32")),
+        lambda t: t.update(x=t["v"]),
+        lambda t: t.pop("s"),
+    ],
+)
+def test_damaged_factors_are_made_anew(tmp_path, change):
+    (view,) = _views((9, 8))
+    spectra.factorize([(view, 2)], tmp_path)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+    (found,) = spectra.factorize([(view, 2)], tmp_path)
+    _check(view, found, 2)
+    assert path.read_bytes() == good
+
+
+def test_a_cache_of_another_user_is_read_and_warns(tmp_path, monkeypatch):
+    (view,) = _views((9, 8))
+    spectra.factorize([(view, 2)], tmp_path)
+    (path,) = tmp_path.iterdir()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    path.unlink()
+
+    def forbid(*args):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(spectra, "write_safetensors", forbid)
+    with pytest.warns(UserWarning, match="not kept in svd_cache.*denied"):
+        (found,) = spectra.factorize([(view, 2)], tmp_path)
+    _check(view, found, 2)
+
+
+@pytest.mark.parametrize("folder", [3, "", "file"])
+def test_caches_that_are_no_folders(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="svd_cache=.*Expected"):
+        spectra.factorize([], folder)
 
 
 def test_wrap_model_uses_the_cache(tmp_path):

@@ -1,5 +1,6 @@
 """What must see the training loop."""
 
+from keras_spectral.callbacks.adapter_checkpoint import AdapterCheckpoint
 from keras_spectral.callbacks.gate_monitor import GateMonitor
 from keras_spectral.callbacks.gate_recorder import GateRecorder
 from keras_spectral.callbacks.mean_weights import MeanWeights
@@ -7,6 +8,7 @@ from keras_spectral.callbacks.rank_budget import RankBudget
 from keras_spectral.callbacks.transfer_monitor import TransferMonitor
 
 __all__ = [
+    "AdapterCheckpoint",
     "GateMonitor",
     "GateRecorder",
     "MeanWeights",

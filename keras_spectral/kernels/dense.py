@@ -26,8 +26,8 @@ class DenseView(KernelView):
     def _sizes(self):
         return self.layer.input_spec.axes[-1], self.layer.units
 
-    def _unit_inputs(self, start, stop):
-        return ops.one_hot(ops.arange(start, stop), self.n_in)
+    def _unit_inputs(self, numbers):
+        return ops.one_hot(ops.convert_to_tensor(numbers), self.n_in)
 
 
 class EinsumDenseView(KernelView):
@@ -125,12 +125,12 @@ class EinsumDenseView(KernelView):
         source, target, rows, _ = self._letters
         return next(c for c in source if c in target and c not in rows)
 
-    def _unit_inputs(self, start, stop):
+    def _unit_inputs(self, numbers):
         source, _, rows, _ = self._letters
-        units = ops.one_hot(ops.arange(start, stop), self.n_in)
+        units = ops.one_hot(ops.convert_to_tensor(numbers), self.n_in)
         probe = self._probe_letter()
         ones = [c for c in source if c not in rows and c != probe]
-        shape = (stop - start, *[1 for _ in ones], *self._in_shape)
+        shape = (len(numbers), *[1 for _ in ones], *self._in_shape)
         letters = [probe, *ones, *rows]
         order = [letters.index(c) for c in source]
         return ops.transpose(ops.reshape(units, shape), order)

@@ -41,9 +41,9 @@ class EmbeddingView(KernelView):
     def _sizes(self):
         return self.layer.input_dim, self.layer.output_dim
 
-    def _probe(self):
-        table = self.layer(ops.arange(self.n_in))
-        return ops.cast(table, "float32")
+    def _probe(self, numbers=None):
+        ids = ops.arange(self.n_in) if numbers is None else numbers
+        return ops.cast(self.layer(ops.convert_to_tensor(ids)), "float32")
 
 
 class ReversibleEmbeddingView(EmbeddingView):

@@ -51,6 +51,13 @@ class KernelView:
         wide = "float64" if variable.dtype == "float64" else "float32"
         return self.to_matrix(ops.cast(variable, wide))
 
+    def rows(self, numbers: list[int]):
+        """Some rows of `matrix`, in float32, without the cost of all."""
+        if self.quantized:
+            return self._probe(numbers)
+        rows = ops.take(self.to_matrix(self.variable()), numbers, axis=0)
+        return ops.cast(rows, "float32")
+
     def assign(self, matrix) -> None:
         """Writes a matrix (n_in x n_out) into the layer's kernel."""
         self.check_assignable()
@@ -174,22 +181,25 @@ class KernelView:
     def from_matrix(self, matrix):
         return matrix
 
-    def _unit_inputs(self, start, stop):
-        """Inputs that pick out rows start..stop of `K`, one per example."""
+    def _unit_inputs(self, numbers):
+        """Inputs that pick out rows of `K`, one per example."""
         raise NotImplementedError
 
-    def _probe(self):
+    def _probe(self, numbers=None):
         """A linear layer's matrix is its answer to unit vectors.
+
+        `numbers` are the rows to read; None is all.
 
         This reads any quantisation scheme through the layer's public call;
         unit vectors survive the quantisation of activations exactly.
         """
         rows, layer = [], self.bare()
-        for start in range(0, self.n_in, _PROBE_ROWS):
-            stop = min(start + _PROBE_ROWS, self.n_in)
-            units = self._unit_inputs(start, stop)
+        numbers = list(range(self.n_in)) if numbers is None else numbers
+        for start in range(0, len(numbers), _PROBE_ROWS):
+            some = numbers[start : start + _PROBE_ROWS]
+            units = self._unit_inputs(some)
             answer = layer(units) - layer(ops.zeros_like(units))
-            rows.append(self._probed_rows(answer, stop - start))
+            rows.append(self._probed_rows(answer, len(some)))
         return ops.cast(ops.concatenate(rows), "float32")
 
     def _probed_rows(self, answer, count):

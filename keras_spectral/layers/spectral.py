@@ -125,15 +125,17 @@ class SpectralDense(AdapterLayer):
             rank = self.rank or _DEFAULT_RANK
             if self.rank is None and self.mode == "values":
                 rank = min(view.n_in, view.n_out) - self.columns
-            columns = list(range(self.columns, self.columns + rank))
+            columns = range(self.columns, self.columns + rank)
         check_columns_exist(self, view, columns)
-        return columns
+        return list(columns)
 
 
 def check_columns_exist(adapter, view, columns):
     """Raises if the kernel has fewer singular values than asked for."""
     known = min(view.n_in, view.n_out)
-    if not columns or max(columns) >= known:
+    # A range may be too long to look through.
+    highest = columns[-1] if isinstance(columns, range) else max(columns)
+    if highest >= known:
         options = adapter.options()
         raise ValueError(
             f"Received {options} for layer '{adapter.name}', whose kernel is "

@@ -8,14 +8,17 @@ import numpy as np
 from keras import ops
 
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_model
 from keras_spectral.checks import check_number
+from keras_spectral.checks import check_path
 from keras_spectral.contexts import merged
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import SpectralDense
 from keras_spectral.paths import places
-from keras_spectral.saving.adapter_file import apply_adapters
 from keras_spectral.saving.adapter_file import load_adapters
-from keras_spectral.saving.adapter_file import read_adapters
+from keras_spectral.saving.applying import apply_adapters
+from keras_spectral.saving.checksum import check_base_values
+from keras_spectral.saving.reading import read_adapters
 from keras_spectral.surgery import own_variables
 from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import require_adapters
@@ -64,6 +67,7 @@ def fuse_adapters(
             or of methods that do not fuse so. The model is then as it was.
         FileNotFoundError: There is no such file.
     """
+    check_model(model)
     check_choice(method, "method", ("columns", "average"))
     weights = _check_weights(files, weights)
     if adapter_places(model):
@@ -80,7 +84,7 @@ def fuse_adapters(
                 "with different trained layers. Expected adapters of one base."
             )
     for file, content in zip(files, contents):
-        _check_spectral_base(model, content, file)
+        _check_base(model, content, file)
     if method == "average":
         return _average(model, files, weights, heads[0])
     fused = _fused_columns(files, contents, weights)
@@ -88,11 +92,20 @@ def fuse_adapters(
 
 
 def _check_weights(files, weights):
-    if isinstance(files, str | os.PathLike) or not len(files):
+    several = isinstance(files, Sequence) and not isinstance(files, str)
+    if not several or not len(files):
         raise ValueError(
             f"Received files={files!r}. Expected a list of adapter files."
         )
-    weights = [1.0] * len(files) if weights is None else list(weights)
+    for file in files:
+        check_path(file, "files")
+    if weights is None:
+        weights = [1.0] * len(files)
+    if not isinstance(weights, Sequence | np.ndarray):
+        raise ValueError(
+            f"Received weights={weights!r}. Expected a list of numbers."
+        )
+    weights = list(weights)
     for weight in weights:
         check_number(weight, "weights")
     if len(weights) != len(files) or not sum(weights) > 0:
@@ -144,6 +157,7 @@ def _fused_columns(files, contents, weights):
         entry = {"path": key, "method": SpectralDense.method}
         entries.append({**entry, "options": options})
     metadata = {**contents[0][1], "adapters": entries}
+    metadata.pop("values", None)  # each file's were looked at
     tensors = {k: np.asarray(v, "float32") for k, v in tensors.items()}
     return tensors, metadata
 
@@ -183,9 +197,18 @@ def _tensor(tensors, name, file):
     return tensors[name]
 
 
-def _check_spectral_base(model, content, file):
-    """Singular triplets belong to a kernel if K^T U = V S."""
+def _check_base(model, content, file):
+    """Refuses a file of another base.
+
+    Files of version 0.1 hold no numbers of it; there singular triplets belong
+    to a kernel if K^T U = V S.
+    """
     tensors, metadata = content
+    if "values" in metadata:
+        doubt = check_base_values(places(model), metadata, set(tensors), file)
+        if doubt is not None:
+            raise ValueError(doubt)
+        return
     by_key = {place.key: place for place in places(model)}
     for entry in metadata["adapters"]:
         key = entry["path"]

@@ -268,7 +268,8 @@ def test_every_backend_reads_a_file_as_numpy_does(saved):
     fresh = _model()
     values = [rng.normal(0, 0.3, w.shape) for w in fresh.weights]
     fresh.set_weights(values)
-    ks.load_adapters(fresh, path)
+    with pytest.warns(UserWarning, match="another base"):
+        ks.load_adapters(fresh, path)
     file, x = _tensors(path), np.float64(_x())
     for kernel, bias, name in zip(
         values[0:4:2], values[1:4:2], ("dense", "dense_1")
@@ -277,3 +278,58 @@ def test_every_backend_reads_a_file_as_numpy_does(saved):
         x = np.maximum(x @ (kernel + 3 / 2 * delta) + bias, 0)
     expected = x @ file["head/kernel"] + file["head/bias"]
     np.testing.assert_allclose(_out(fresh), expected, atol=1e-5)
+
+
+def _classifier(classes, seed=0):
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(seed)
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=30,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=8,
+    )
+    return keras_hub.models.BertTextClassifier(
+        backbone, num_classes=classes, preprocessor=None
+    )
+
+
+@pytest.mark.parametrize("heads", [None, []])
+def test_another_number_of_classes(tmp_path, heads):
+    """The message says the way out, and the way leads out."""
+    model, path = _classifier(2), tmp_path / "a.safetensors"
+    ks.wrap_model(model, "lora", rank=2, trainable=heads)
+    rng = np.random.default_rng(0)
+    for weight in model.backbone.trainable_weights:
+        weight.assign(rng.normal(0, 0.3, weight.shape))
+    ks.save_adapters(model, path)
+    other = _classifier(3)
+    named = r"'logits/kernel' has shape \(8, 2\).*\(8, 3\).*" * (heads is None)
+    with pytest.raises(ValueError, match=named + r"model\.backbone"):
+        ks.load_adapters(other, path)
+    ks.save_adapters(model.backbone, path)
+    ks.load_adapters(other.backbone, path)
+    inputs = {
+        "token_ids": np.arange(10).reshape(2, 5),
+        "segment_ids": np.zeros((2, 5), "int32"),
+        "padding_mask": np.ones((2, 5), "int32"),
+    }
+    ours, theirs = other.backbone(inputs), model.backbone(inputs)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(ours[name]),
+            ops.convert_to_numpy(value),
+            atol=1e-5,
+        )
+    other.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True))
+    other.fit(inputs, np.array([0, 2]), verbose=0)
+
+
+def test_a_head_that_rests_is_saved(saved):
+    model, path = saved
+    kernel = _tensors(path)["head/kernel"]
+    model.trainable = False
+    ks.save_adapters(model, path)
+    np.testing.assert_array_equal(_tensors(path)["head/kernel"], kernel)
