@@ -200,6 +200,11 @@ def take_signature(layer: keras.layers.Layer, base: keras.layers.Layer) -> None:
     )
 
 
+def set_path(variable: keras.Variable, path: str) -> None:
+    """Gives a new variable a path of its own."""
+    variable._path = path
+
+
 def takes_training(layer: keras.layers.Layer) -> bool:
     """Whether a layer's `call` has an argument `training`."""
     return bool(layer._call_has_training_arg)

@@ -146,6 +146,23 @@ def test_a_trained_batch_norm_keeps_statistics_of_its_own():
     np.testing.assert_array_equal(_out(model), plain)
 
 
+def test_a_head_trains_as_it_would_without_adapters():
+    """Gradients must not add up from step to step."""
+    histories = []
+    for wrapped in (False, True):
+        model = _mlp()
+        model.get_layer("hidden").trainable = False
+        if wrapped:
+            ks.wrap_model(model, "lora", "hidden", trainable="head", rank=2)
+            model.get_layer("hidden").lora_a.assign(np.zeros((16, 2)))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        paths = [weight.path for weight in model.weights]
+        assert len(set(paths)) == len(paths)
+        history = model.fit(_x(8, 16), np.ones((8, 4)), epochs=4, verbose=0)
+        histories.append(history.history["loss"])
+    np.testing.assert_allclose(*histories, rtol=1e-5)
+
+
 def test_toggling_trainable_thaws_only_what_trains():
     model = _mlp()
     ks.wrap_model(model, "lora", target="hidden", trainable="head", rank=2)

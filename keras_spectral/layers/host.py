@@ -155,6 +155,9 @@ class TrainedCopy(Host):
             regularizer=getattr(variable, "regularizer", None),
             constraint=getattr(variable, "constraint", None),
         )
+        # PyTorch's `zero_grad` finds weights by paths: no two may share one.
+        *above, layer, name = variable.path.split("/")
+        surgery.set_path(copy, "/".join([*above, "trained", layer, name]))
         return copy
 
     def freeze_base(self):
