@@ -58,6 +58,21 @@ class KernelView:
         rows = ops.take(self.to_matrix(self.variable()), numbers, axis=0)
         return ops.cast(rows, "float32")
 
+    def finite_matrix(self):
+        """`matrix()`; a ValueError if it holds a NaN or an infinity."""
+        matrix = self.matrix()
+        if not ops.all(ops.isfinite(matrix)):
+            layer = self.layer
+            path = getattr(layer, "path", None) or layer.name
+            where = f" (at '{path}')" if path != layer.name else ""
+            raise ValueError(
+                f"The kernel of layer '{layer.name}'{where} holds NaN or "
+                "infinite values. Expected finite numbers: training has "
+                "probably diverged, so load an earlier checkpoint, or leave "
+                "the layer out with `exclude`."
+            )
+        return matrix
+
     def assign(self, matrix) -> None:
         """Writes a matrix (n_in x n_out) into the layer's kernel."""
         self.check_assignable()
@@ -129,6 +144,27 @@ class KernelView:
     def positions(self, input_shape) -> int:
         """How often one example uses each number of the kernel."""
         return math.prod(size or 1 for size in input_shape[1:-1])
+
+    def trials(self, rng):
+        """A few random inputs, each with what else a call takes.
+
+        Args:
+            rng: NumPy's random generator.
+        """
+        config = self.layer.get_build_config() or {}
+        shape = config.get("input_shape") or self._any_shape()
+        unknown = self._side_to_try()
+        shape = (2, *(size or unknown for size in shape[1:]))
+        inputs = rng.normal(size=shape)
+        inputs[1] *= 10  # what is cut off shows
+        return [(ops.cast(inputs, self.layer.compute_dtype), {})]
+
+    def _any_shape(self):
+        return (None, self.n_in)
+
+    def _side_to_try(self):
+        """A size for dimensions that are not known."""
+        return 3
 
     def slicings(self) -> list[int]:
         """Into how many equal slices the layer's input can be cut."""
