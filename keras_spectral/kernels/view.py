@@ -48,8 +48,7 @@ class KernelView:
         if self.quantized:
             return self._probe()
         variable = self.variable()
-        wide = "float64" if variable.dtype == "float64" else "float32"
-        return self.to_matrix(ops.cast(variable, wide))
+        return self.to_matrix(ops.cast(variable, wide_dtype(variable.dtype)))
 
     def rows(self, numbers: list[int]):
         """Some rows of `matrix`, in float32, without the cost of all."""
@@ -145,22 +144,23 @@ class KernelView:
         """How often one example uses each number of the kernel."""
         return math.prod(size or 1 for size in input_shape[1:-1])
 
+    def input_shape(self) -> tuple | None:
+        """What the layer was built for, the batch first, if it is known."""
+        return (self.layer.get_build_config() or {}).get("input_shape")
+
     def trials(self, rng):
         """A few random inputs, each with what else a call takes.
 
         Args:
             rng: NumPy's random generator.
         """
-        config = self.layer.get_build_config() or {}
-        shape = config.get("input_shape") or self._any_shape()
+        shape = self.input_shape() or (None, self.n_in)
         unknown = self._side_to_try()
         shape = (2, *(size or unknown for size in shape[1:]))
         inputs = rng.normal(size=shape)
         inputs[1] *= 10  # what is cut off shows
-        return [(ops.cast(inputs, self.layer.compute_dtype), {})]
-
-    def _any_shape(self):
-        return (None, self.n_in)
+        inputs = ops.convert_to_tensor(inputs, self.layer.compute_dtype)
+        return [(inputs, {})]
 
     def _side_to_try(self):
         """A size for dimensions that are not known."""
@@ -240,3 +240,8 @@ class KernelView:
 
     def _probed_rows(self, answer, count):
         return ops.reshape(answer, (count, self.n_out))
+
+
+def wide_dtype(dtype: str) -> str:
+    """What numbers of a dtype are computed with: float32 or float64."""
+    return "float64" if dtype == "float64" else "float32"
