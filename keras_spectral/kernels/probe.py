@@ -50,7 +50,7 @@ def check_view(view: KernelView, kind: type[keras.layers.Layer]) -> None:
         layer = view.layer
         parts = " and ".join(f"`{name}`" for name in changed)
         raise ValueError(
-            f"Layer '{layer.name}' is a {type(layer).__name__} with {parts} "
+            f"Layer {view.label} is a {type(layer).__name__} with {parts} "
             f"of its own beside those of {kind.__name__}, and {problem}. "
             "Expected a layer that computes `x K + b` with the kernel K that "
             f"it holds: leave it out with `exclude`, or build the model with "

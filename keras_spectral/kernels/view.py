@@ -61,16 +61,19 @@ class KernelView:
         """`matrix()`; a ValueError if it holds a NaN or an infinity."""
         matrix = self.matrix()
         if not ops.all(ops.isfinite(matrix)):
-            layer = self.layer
-            path = getattr(layer, "path", None) or layer.name
-            where = f" (at '{path}')" if path != layer.name else ""
             raise ValueError(
-                f"The kernel of layer '{layer.name}'{where} holds NaN or "
-                "infinite values. Expected finite numbers: training has "
-                "probably diverged, so load an earlier checkpoint, or leave "
-                "the layer out with `exclude`."
+                f"The kernel of layer {self.label} holds NaN or infinite "
+                "values. Expected finite numbers: training has probably "
+                "diverged, so load an earlier checkpoint, or leave the layer "
+                "out with `exclude`."
             )
         return matrix
+
+    @property
+    def label(self) -> str:
+        """The layer's name, and where it is, for messages."""
+        name, path = self.layer.name, getattr(self.layer, "path", None)
+        return f"'{name}'" + (f" (at '{path}')" if path != name else "")
 
     def assign(self, matrix) -> None:
         """Writes a matrix (n_in x n_out) into the layer's kernel."""

@@ -122,7 +122,7 @@ def test_a_layer_that_computes_something_else_is_refused(make, how):
     model = _model(layer)
     before = [w.numpy() for w in model.weights]
     name = type(layer).__name__
-    with pytest.raises(ValueError, match=f"'d' is a {name} with .*exclude"):
+    with pytest.raises(ValueError, match=f"'d'.* is a {name} with .*exclude"):
         if how == "wrap":
             ks.wrap_model(model, "lora", target="d", rank=2)
         else:
