@@ -14,6 +14,15 @@ def eagerly() -> contextlib.AbstractContextManager:
     return tf.init_scope()
 
 
+def concretely() -> contextlib.AbstractContextManager:
+    """Runs what is inside on numbers that are there, whatever is traced."""
+    if keras.backend.backend() != "jax":
+        return eagerly()
+    import jax
+
+    return jax.ensure_compile_time_eval()
+
+
 def scope_of(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
     """The scope of the TensorFlow strategy that a model was built under."""
     strategy = getattr(model, "distribute_strategy", None)

@@ -53,6 +53,9 @@ def factorize(
 
     Returns:
         The triplets, in the order of the requests.
+
+    Raises:
+        ValueError: A kernel holds NaN or infinities.
     """
     requests = list(requests)
     cache = _Cache(svd_cache) if svd_cache is not None else None
@@ -60,7 +63,7 @@ def factorize(
     with LateProgress("factorising kernels", len(requests)) as progress:
         for batch in _batches(requests):
             count = requests[batch[0]][1]
-            kernels = {i: requests[i][0].matrix() for i in batch}
+            kernels = {i: requests[i][0].finite_matrix() for i in batch}
             paths = {}
             if cache is not None:
                 paths = {i: cache.path(kernels[i], count) for i in batch}

@@ -133,6 +133,30 @@ def test_wrap_model_uses_the_cache(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("spectral", {}),
+        ("gated_spectral", {}),
+        ("decaying_lora", {"end_step": 4}),
+        ("lora", {"initializer": "pissa"}),
+    ],
+)
+def test_a_kernel_that_is_not_finite_is_named(method, options, bad):
+    model = keras.Sequential(
+        [keras.Input((9,)), keras.layers.Dense(8, name="hidden")]
+    )
+    layer = model.layers[0]
+    values = layer.kernel.numpy().copy()
+    values[2, 3] = bad
+    layer.kernel.assign(values)
+    with pytest.raises(ValueError, match="'hidden'.* NaN or inf"):
+        ks.wrap_model(model, method, target="hidden", rank=2, **options)
+    assert model.layers[0] is layer and layer.trainable
+    np.testing.assert_array_equal(layer.kernel.numpy(), values)
+
+
 def test_loading_a_file_does_not_factorise_again(tmp_path, monkeypatch):
     model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(8)])
     ks.wrap_model(model, "spectral", target=keras.layers.Dense, rank=2)

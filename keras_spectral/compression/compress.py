@@ -11,9 +11,10 @@ from keras import ops
 from keras_spectral.adapted import freeze_all_but
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
 from keras_spectral.compression import ranks
+from keras_spectral.compression.choice import check_goal
+from keras_spectral.compression.choice import chosen_places
 from keras_spectral.compression.report import CompressedLayer
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import keep_report
@@ -26,14 +27,10 @@ from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
 from keras_spectral.linalg import nearest_pair
-from keras_spectral.paths import describe
 from keras_spectral.paths import places
 from keras_spectral.select import Target
 from keras_spectral.select import kept_places
-from keras_spectral.select import select
-from keras_spectral.select import without_halves
 from keras_spectral.spectra import LateProgress
-from keras_spectral.wrap import adapter_places
 from keras_spectral.wrap import wrap_model
 
 
@@ -72,8 +69,11 @@ def compress_model(
         ratio: Share of the chosen kernels' weights to remove, above 0 and
             below 1, or
         budget: how many weights the whole model may have, or
-        max_error: the largest error bound of a layer: the spectral norm of
-            what is dropped, over the kernel's, above 0 and below 1.
+        max_error: the largest error bound of a layer, above 0 and below 1:
+            of the spectral norm of what is dropped, over the kernel's. That
+            is the `bound` of the report, for the ranks without what
+            `recover="lora"` spares; the report's `error` is another number,
+            by the Frobenius norm.
         method: How ranks are chosen.
         target: Which layers, as for `wrap_model`. Defaults to all that can
             be factorised but embeddings.
@@ -95,8 +95,10 @@ def compress_model(
 
     Raises:
         ValueError: A bad option; a budget that cannot be met; nothing to
-            compress; adapters or quantised kernels in the model; a model
-            that is not built or that Keras cannot save.
+            compress; adapters or quantised kernels in the model; a kernel
+            that holds NaN or infinities, that something else holds as well
+            or that its layer does not use as its class does; a model that is
+            not built or that Keras cannot save.
 
     Example:
 
@@ -114,8 +116,8 @@ def compress_model(
     check_rank(recover_rank, "recover_rank")
     check_flag(keep_ends, "keep_ends")
     check_flag(true_bound, "true_bound")
-    _check_goal(ratio, budget, max_error)
-    chosen = _chosen(model, target, exclude, keep_ends)
+    check_goal(ratio, budget, max_error)
+    chosen = chosen_places(model, target, exclude, keep_ends)
     views = [kernel_view(place.layer) for place in chosen]
     spectra = _spectra(views, method, true_bound or max_error is not None)
     if budget is not None:
@@ -135,9 +137,11 @@ def compress_model(
     }
     spared = recover_rank if recover == "lora" else 0
     plan = _factorize(small, plan, spared)
+    left = [_spare(choice, spared) for choice in choices]
+    _check_count(small, count_weights(model), spectra, left)
     if recover is not None:
         _prepare_recovery(small, plan, recover, spared)
-    rows = [_row(*x) for x in zip(chosen, views, spectra, choices)]
+    rows = [_row(*x) for x in zip(chosen, views, spectra, choices, left)]
     saved = sum(row.weights[0] - row.weights[1] for row in rows)
     weights = (count_weights(model), count_weights(model) - saved)
     seconds = time.monotonic() - start
@@ -197,59 +201,6 @@ def _block_diagonal(blocks):
     return matrix.reshape(parts * rows, parts * columns)
 
 
-def _check_goal(ratio, budget, max_error):
-    given = {"ratio": ratio, "budget": budget, "max_error": max_error}
-    given = {k: value for k, value in given.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(
-            f"Received {given or 'no goal'}. Expected exactly one of `ratio`, "
-            "`budget` and `max_error`."
-        )
-    name, value = next(iter(given.items()))
-    if name == "budget":
-        check_rank(value, name)
-    elif not 0 < check_number(value, name) < 1:
-        raise ValueError(
-            f"Received {name}={value!r}. Expected a number above 0 and below 1."
-        )
-
-
-def _chosen(model, target, exclude, keep_ends):
-    """The places to compress, after all checks."""
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(
-            f"Received {model!r}. Expected a built Keras model: call it on a "
-            "batch or use `build(input_shape)` first."
-        )
-    if adapter_places(model):
-        raise ValueError(
-            f"Model '{model.name}' has adapters. Expected a plain one: merge "
-            "or unwrap it first."
-        )
-    found = places(model)
-    chosen = select(model, found, target or _is_no_table, exclude)
-    whole = {id(p.layer) for p in without_halves(found)}
-    chosen = [p for p in chosen if id(p.layer) in whole]
-    chosen = [p for p in chosen if not isinstance(p.layer, LowRank)]
-    if keep_ends:
-        chosen = chosen[1:-1]
-    if not chosen:
-        raise ValueError(
-            f"Nothing is left to compress in model '{model.name}': "
-            f"{describe(found)}."
-        )
-    for place in chosen:
-        view = kernel_view(place.layer)
-        view.check_assignable()
-        view.thin_layers(1)
-    return chosen
-
-
-def _is_no_table(layer):
-    # Some models hold layers that they never build nor call.
-    return layer.built and not isinstance(layer, keras.layers.Embedding)
-
-
 def _spectra(views, method, true_bound):
     found = []
     with LateProgress("singular values", len(views)) as progress:
@@ -280,7 +231,7 @@ def _factorize(small, plan, spared):
     with LateProgress("factorising kernels", len(plan)) as progress:
         for layer, choice in plan.items():
             view = kernel_view(layer)
-            rank = max(1, choice.rank - spared)
+            rank = _spare(choice, spared).rank
             parts = view.parts(view.matrix(), choice.slices)
             # All ranks, cut in numpy: JAX compiles once for each shape.
             pair = nearest_pair(parts, min(parts.shape[-2:]))
@@ -291,6 +242,28 @@ def _factorize(small, plan, spared):
             progress.advance(1)
     put_low_rank(small, swaps, plain_config(small, swaps))
     return {swaps[layer]: choice for layer, choice in plan.items()}
+
+
+def _spare(choice, spared):
+    """The same with as much less rank, but not none."""
+    if choice.rank is None:
+        return choice
+    return ranks.Choice(max(1, choice.rank - spared), choice.slices)
+
+
+def _check_count(small, before, spectra, choices):
+    """Raises unless a model has as many weights as its layers say."""
+    saved = sum(
+        s.weights - s.size(choice) for s, choice in zip(spectra, choices)
+    )
+    expected, got = before - saved, count_weights(small)
+    if got != expected:
+        raise ValueError(
+            f"The compressed model has {got:,} weights, and by its layers it "
+            f"should have {expected:,}. Expected kernels that their layers "
+            "alone hold, in a model that its `.keras` file restores: leave "
+            "out with `exclude` what is shared or held by something else."
+        )
 
 
 def _prepare_recovery(small, plan, recover, spared):
@@ -311,7 +284,7 @@ def _prepare_recovery(small, plan, recover, spared):
         wrap_model(small, "lora", target=names, overrides=ranks_left)
 
 
-def _row(place, view, spectrum, choice):
+def _row(place, view, spectrum, choice, left):
     shape = place.layer.get_build_config()["input_shape"]
     return CompressedLayer(
         place.path,
@@ -321,5 +294,6 @@ def _row(place, view, spectrum, choice):
         choice.slices,
         (spectrum.weights, spectrum.size(choice)),
         (view.flops(shape), view.flops(shape, choice.rank, choice.slices)),
+        spectrum.relative_error(left),
         spectrum.bound(choice),
     )

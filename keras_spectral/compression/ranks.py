@@ -45,6 +45,14 @@ class Spectrum:
         error = self._beyond(choice.slices)[choice.rank - 1]
         return math.sqrt(choice.slices) * float(error)
 
+    def relative_error(self, choice: "Choice") -> float:
+        """What is dropped over the kernel, in Frobenius norms, exactly."""
+        if choice.rank is None:
+            return 0.0
+        squares = self.values[choice.slices].astype("float64") ** 2
+        total = max(float(squares.sum()), 1e-60)
+        return math.sqrt(float(squares[:, choice.rank :].sum()) / total)
+
     def error(self, choice: "Choice") -> float:
         """What the choice is judged by: the bound, or it without its root."""
         if choice.rank is None:

@@ -26,8 +26,13 @@ class CompressedLayer:
         flops: Floating point operations of its kernel for one example
             before and after, a multiplication and an addition being two.
             Sizes that are not known, as those of sequences, count as 1.
-        error: Bound of the spectral norm of what was dropped, over the
-            kernel's; the larger, the more can be lost.
+        error: How far the new kernel K' is from the old one K:
+            `||K - K'|| / ||K||` by the Frobenius norm, from 0 to 1, before
+            any training. With `recover="lora"` that is without the rank
+            which the LoRA is going to fill.
+        bound: What `max_error` limits: a bound of the same by the spectral
+            norm, for all the rank. Where kernels are sliced it has the
+            factor sqrt(slices) and can be above 1.
     """
 
     path: str
@@ -38,6 +43,7 @@ class CompressedLayer:
     weights: tuple[int, int]
     flops: tuple[int, int]
     error: float
+    bound: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +78,19 @@ class CompressionReport:
         table = rich.table.Table(
             title=f"{_percent(self.weights)} fewer weights, "
             f"{_percent(self.flops)} fewer FLOPs",
-            caption="before > after; k 10^3, M 10^6, G 10^9, T 10^12",
+            caption="before > after; k 10^3, M 10^6, G 10^9, T 10^12; "
+            "rel. error: of the kernel, by the Frobenius norm; of the whole "
+            "model the largest",
         )
         table.add_column("layer", overflow="fold", ratio=1)
-        for name in ("matrix", "rank", "slices", "weights", "FLOPs", "error"):
+        for name in (
+            "matrix",
+            "rank",
+            "slices",
+            "weights",
+            "FLOPs",
+            "rel. error",
+        ):
             table.add_column(name, justify="right", no_wrap=True)
         for layer in self.layers:
             kept = layer.rank is None

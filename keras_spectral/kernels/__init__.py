@@ -16,6 +16,7 @@ from keras_spectral.kernels.embedding import EmbeddingView
 from keras_spectral.kernels.embedding import ReversibleEmbeddingView
 from keras_spectral.kernels.low_rank import LowRank
 from keras_spectral.kernels.low_rank import LowRankView
+from keras_spectral.kernels.probe import check_view
 from keras_spectral.kernels.view import KernelView
 
 __all__ = ["KernelView", "LowRank", "kernel_view", "view_class_of"]
@@ -57,10 +58,10 @@ def kernel_view(layer: keras.layers.Layer) -> KernelView:
 
     Raises:
         ValueError: The layer is unbuilt, is of a kind whose kernel has no
-            useful low-rank form, has Keras's own LoRA switched on, or a
-            kernel without numbers.
+            useful low-rank form, has Keras's own LoRA switched on, a kernel
+            without numbers, or computes something else than its class does.
     """
-    view_class = view_class_of(layer)
+    kind, view_class = _kind_of(layer)
     if not layer.built:
         raise ValueError(
             f"Layer '{layer.name}' ({type(layer).__name__}) has no kernel "
@@ -73,20 +74,27 @@ def kernel_view(layer: keras.layers.Layer) -> KernelView:
             "(`enable_lora`). Expected a plain layer; build the model "
             "without `lora_rank` or `enable_lora`."
         )
+    halves = ()
     if view_class is LowRankView:
-        return LowRankView(layer, *map(kernel_view, (layer.down, layer.up)))
-    view = view_class(layer)
+        halves = map(kernel_view, (layer.down, layer.up))
+    view = view_class(layer, *halves)
     if not view.max_rank:
         raise ValueError(
             f"The kernel of layer '{layer.name}' ({type(layer).__name__}) is "
             f"{view.n_in} x {view.n_out} and holds no numbers. Expected at "
             "least 1 x 1: exclude the layer, or check the model's input."
         )
+    check_view(view, kind)
     return view
 
 
 def view_class_of(layer: keras.layers.Layer) -> type[KernelView]:
     """Returns the view class for a layer, or raises a ValueError with why."""
+    return _kind_of(layer)[1]
+
+
+def _kind_of(layer):
+    """The class of layers in `_VIEWS` that a layer is of, and its view."""
     check_layer(layer)
     for kind, reason in _REFUSED.items():
         if isinstance(layer, kind):
@@ -95,7 +103,7 @@ def view_class_of(layer: keras.layers.Layer) -> type[KernelView]:
             )
     for kind, view_class in _VIEWS.items():
         if isinstance(layer, kind):
-            return view_class
+            return kind, view_class
     names = sorted({kind.__name__ for kind in _VIEWS})
     raise ValueError(
         f"Layer '{layer.name}' is a {type(layer).__name__}, which holds no "

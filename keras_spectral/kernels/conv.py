@@ -85,6 +85,11 @@ class ConvView(KernelView):
         blocks = ops.reshape(matrix, (groups, self.n_in // groups, groups, -1))
         return ops.einsum("gnho,gh->gno", blocks, ops.eye(groups))
 
+    def _side_to_try(self):
+        layer = self.layer
+        sides = zip(layer.kernel_size, layer.dilation_rate, layer.strides)
+        return max((k - 1) * d + 1 + stride for k, d, stride in sides)
+
     def slicings(self):
         channels = self._row_shape[-1]
         if self.groups > 1:

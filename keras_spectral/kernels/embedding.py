@@ -26,6 +26,9 @@ class EmbeddingView(KernelView):
         # Tables are looked up; the second half of a pair multiplies.
         return 2 * (rank or 0) * self.n_out * self.positions(input_shape)
 
+    def trials(self, rng):
+        return [(ops.convert_to_tensor(rng.integers(0, self.n_in, (2, 3))), {})]
+
     def thin_layers(self, rank, slices=1):
         dtype = self.layer.dtype_policy
         options = self._options("input_dim", "mask_zero")
@@ -55,6 +58,14 @@ class ReversibleEmbeddingView(EmbeddingView):
             "in two directions. Expected a layer that a pair can replace: "
             "exclude it."
         )
+
+    def trials(self, rng):
+        trials = super().trials(rng)
+        if self.layer.tie_weights:
+            inputs = rng.normal(size=(2, 3, self.n_out))
+            inputs = ops.cast(inputs, self.layer.compute_dtype)
+            trials.append((inputs, {"reverse": True}))
+        return trials
 
     def apply(self, inputs, a, b, reverse=False):
         if not reverse:

@@ -138,6 +138,9 @@ class LowRankView(KernelView):
     def bias(self, outputs):
         return self._up.bias(outputs)
 
+    def trials(self, rng):
+        return self._down.trials(rng)
+
     def pair(self):
         """The factors (parts, rows, rank) and (parts, rank, columns)."""
         a = self._down.parts(self._down.matrix())

@@ -48,8 +48,7 @@ class KernelView:
         if self.quantized:
             return self._probe()
         variable = self.variable()
-        wide = "float64" if variable.dtype == "float64" else "float32"
-        return self.to_matrix(ops.cast(variable, wide))
+        return self.to_matrix(ops.cast(variable, wide_dtype(variable.dtype)))
 
     def rows(self, numbers: list[int]):
         """Some rows of `matrix`, in float32, without the cost of all."""
@@ -57,6 +56,24 @@ class KernelView:
             return self._probe(numbers)
         rows = ops.take(self.to_matrix(self.variable()), numbers, axis=0)
         return ops.cast(rows, "float32")
+
+    def finite_matrix(self):
+        """`matrix()`; a ValueError if it holds a NaN or an infinity."""
+        matrix = self.matrix()
+        if not ops.all(ops.isfinite(matrix)):
+            raise ValueError(
+                f"The kernel of layer {self.label} holds NaN or infinite "
+                "values. Expected finite numbers: training has probably "
+                "diverged, so load an earlier checkpoint, or leave the layer "
+                "out with `exclude`."
+            )
+        return matrix
+
+    @property
+    def label(self) -> str:
+        """The layer's name, and where it is, for messages."""
+        name, path = self.layer.name, getattr(self.layer, "path", None)
+        return f"'{name}'" + (f" (at '{path}')" if path != name else "")
 
     def assign(self, matrix) -> None:
         """Writes a matrix (n_in x n_out) into the layer's kernel."""
@@ -129,6 +146,28 @@ class KernelView:
     def positions(self, input_shape) -> int:
         """How often one example uses each number of the kernel."""
         return math.prod(size or 1 for size in input_shape[1:-1])
+
+    def input_shape(self) -> tuple | None:
+        """What the layer was built for, the batch first, if it is known."""
+        return (self.layer.get_build_config() or {}).get("input_shape")
+
+    def trials(self, rng):
+        """A few random inputs, each with what else a call takes.
+
+        Args:
+            rng: NumPy's random generator.
+        """
+        shape = self.input_shape() or (None, self.n_in)
+        unknown = self._side_to_try()
+        shape = (2, *(size or unknown for size in shape[1:]))
+        inputs = rng.normal(size=shape)
+        inputs[1] *= 10  # what is cut off shows
+        inputs = ops.convert_to_tensor(inputs, self.layer.compute_dtype)
+        return [(inputs, {})]
+
+    def _side_to_try(self):
+        """A size for dimensions that are not known."""
+        return 3
 
     def slicings(self) -> list[int]:
         """Into how many equal slices the layer's input can be cut."""
@@ -204,3 +243,8 @@ class KernelView:
 
     def _probed_rows(self, answer, count):
         return ops.reshape(answer, (count, self.n_out))
+
+
+def wide_dtype(dtype: str) -> str:
+    """What numbers of a dtype are computed with: float32 or float64."""
+    return "float64" if dtype == "float64" else "float32"

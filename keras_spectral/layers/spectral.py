@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_rank
 from keras_spectral.checks import is_whole
 from keras_spectral.layers.adapter import AdapterLayer
@@ -22,7 +23,8 @@ class SpectralDense(AdapterLayer):
     - `mode="additive"`: `K' = (U1 + dU) diag(S1) (V1 + dV)^T + U2 S2 V2^T`.
       dU (n_in x r) and dV (n_out x r) start at zero; `r (n_in + n_out)`
       weights, an update of rank up to 2r. As many weights as LoRA, and it
-      starts in the directions that the kernel uses most.
+      starts in the directions that the kernel uses most. With
+      `shift_values` it has `diag(S1 + dS)`: r weights more, from zero on.
     - `mode="rotate"`: `K' = [U1 Q(a), U2] diag(c S1, S2) [V1 Q(b), V2]^T`,
       where Q is the Cayley map. a, b (r x r) start at zero, c (r) at one;
       `2 r^2 + r` weights, whatever the layer's size.
@@ -36,7 +38,9 @@ class SpectralDense(AdapterLayer):
     is left out.
 
     Source: additive and rotate: Zhang and Pilanci 2024, arXiv 2405.13952,
-    section 3; values: Han et al. 2023, arXiv 2303.11305, section 3.2.
+    section 3; the shift dS is not in their text: their code trains and adds
+    it for fusion (`adapter_fusion/spectral` in pilancilab/spectral_adapter);
+    values: Han et al. 2023, arXiv 2303.11305, section 3.2.
 
     Args:
         layer: The base layer: any kind that LoRADense takes.
@@ -46,6 +50,7 @@ class SpectralDense(AdapterLayer):
         columns: Which triplets, largest singular value first: a number, the
             first of `rank` consecutive ones, or a list of numbers. Adapters
             on disjoint columns can be fused without loss (`fuse_adapters`).
+        shift_values: Whether `mode="additive"` also trains a shift of S1.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
 
     Call arguments:
@@ -68,9 +73,24 @@ class SpectralDense(AdapterLayer):
 
     trains = "changes of the kernel's singular vectors or values"
 
-    def __init__(self, layer, rank=None, mode="additive", columns=0, **kwargs):
+    def __init__(
+        self,
+        layer,
+        rank=None,
+        mode="additive",
+        columns=0,
+        shift_values=False,
+        **kwargs,
+    ):
         super().__init__(layer, **kwargs)
         check_choice(mode, "mode", ("additive", "rotate", "values"))
+        self.shift_values = check_flag(shift_values, "shift_values")
+        if shift_values and mode != "additive":
+            raise ValueError(
+                f"Received shift_values=True with mode={mode!r}. Expected "
+                "mode='additive': the other modes train singular values "
+                "anyway."
+            )
         if rank is not None:
             rank = check_rank(rank)
         self.rank = rank
@@ -97,6 +117,8 @@ class SpectralDense(AdapterLayer):
             },
             "values": {"delta_s": (self.rank,)},
         }
+        if self.shift_values:
+            shapes["additive"]["delta_s"] = (self.rank,)
         for name, shape in shapes[self.mode].items():
             start = "ones" if name == "stretch" else "zeros"
             variable = self.add_weight(
@@ -113,6 +135,13 @@ class SpectralDense(AdapterLayer):
             core = ops.matmul(stretched, ops.transpose(cayley(self.angles_v)))
             core = core - ops.diag(self.s)
             return self.u, ops.matmul(core, ops.transpose(self.v))
+        if self.shift_values:
+            # The same with S1 + dS, and x U1 dS V1^T beside it.
+            s = self.s + self.delta_s
+            a = ops.concatenate([self.u, self.delta_u * s], axis=1)
+            first = self.v * self.delta_s + self.delta_v * s
+            b = ops.concatenate([first, self.v + self.delta_v], axis=1)
+            return a, ops.transpose(b)
         # x U1 S1 dV^T + x dU S1 (V1 + dV)^T
         a = ops.concatenate([self.u * self.s, self.delta_u * self.s], axis=1)
         b = ops.concatenate([self.delta_v, self.v + self.delta_v], axis=1)
@@ -134,8 +163,8 @@ def check_columns_exist(adapter, view, columns):
     """Raises if the kernel has fewer singular values than asked for."""
     known = min(view.n_in, view.n_out)
     # A range may be too long to look through.
-    highest = columns[-1] if isinstance(columns, range) else max(columns)
-    if highest >= known:
+    last = columns[-1:] if isinstance(columns, range) else columns
+    if not columns or max(last) >= known:
         options = adapter.options()
         raise ValueError(
             f"Received {options} for layer '{adapter.name}', whose kernel is "

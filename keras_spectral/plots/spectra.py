@@ -52,7 +52,7 @@ def plot_spectrum(model: keras.Model, path: str, ax=None):
         )
     adapter = matched[0].layer
     delta = adapter.delta_matrix()
-    matrix = adapter.view.matrix()
+    matrix = adapter.view.finite_matrix()
     before = _singular_values(matrix)
     after = _singular_values(matrix + delta)
     figure, ax = new_axes(ax, (7, 3.5))

@@ -38,9 +38,10 @@ def fuse_adapters(
 
     `method="columns"`, for SpectralDense "additive": the column updates of
     all files are added on one singular value decomposition,
-    `dU = sum w_i dU_i` and `dV = sum w_i dV_i`, each at the columns that its
-    file trained. The model is then wrapped with one SpectralDense a layer.
-    On disjoint columns, with weights of 1, each keeps its own directions.
+    `dU = sum w_i dU_i`, `dV = sum w_i dV_i` and, with `shift_values`,
+    `dS = sum w_i dS_i`, each at the columns that its file trained. The model
+    is then wrapped with one SpectralDense a layer. On disjoint columns, with
+    weights of 1, each keeps its own directions.
 
     `method="average"`, for every adapter that merges (FedAvg): each adapted
     kernel becomes `sum w_i K_i / sum w_i`, in a plain model without
@@ -50,7 +51,8 @@ def fuse_adapters(
     Layers that trained beside the adapters (heads) become the average in
     both, with weights `w_i / sum w_i`.
 
-    Source: Zhang and Pilanci 2024, arXiv 2405.13952, section 4.2; averaging:
+    Source: Zhang and Pilanci 2024, arXiv 2405.13952, section 4.2, and for dS
+    their code (`adapter_fusion/spectral/spectral_fusion.py`); averaging:
     McMahan et al. 2017, arXiv 1602.05629.
 
     Args:
@@ -120,6 +122,7 @@ def _fused_columns(files, contents, weights):
     """Tensors and metadata of the file that holds the sum of updates."""
     tensors: dict[str, np.ndarray] = {}
     columns: dict[str, dict[int, tuple]] = {}
+    shifted = set()  # where a file has a shift of S
     for file, (given, metadata), weight in zip(files, contents, weights):
         for entry in metadata["adapters"]:
             key, options = entry["path"], entry["options"]
@@ -137,6 +140,11 @@ def _fused_columns(files, contents, weights):
                 _tensor(given, f"{key}/{name}", file)
                 for name in ("u", "s", "v", "delta_u", "delta_v")
             ]
+            if options.get("shift_values"):
+                shifted.add(key)
+                parts.append(_tensor(given, f"{key}/delta_s", file))
+            else:
+                parts.append(np.zeros_like(parts[1]))
             listed = _column_list(options)
             try:
                 _add_columns(columns.setdefault(key, {}), listed, parts, weight)
@@ -149,11 +157,13 @@ def _fused_columns(files, contents, weights):
     entries = []
     for key, found in columns.items():
         order = sorted(found)
-        names = ("u", "s", "v", "delta_u", "delta_v")
+        names = ("u", "s", "v", "delta_u", "delta_v", "delta_s")
         for name, values in zip(names, zip(*(found[c] for c in order))):
-            tensors[f"{key}/{name}"] = np.stack(values, axis=-1)
+            if name != "delta_s" or key in shifted:
+                tensors[f"{key}/{name}"] = np.stack(values, axis=-1)
         tensors[f"{key}/scale"] = np.float32(1.0)
         options = {"rank": len(order), "mode": "additive", "columns": order}
+        options["shift_values"] = key in shifted
         entry = {"path": key, "method": SpectralDense.method}
         entries.append({**entry, "options": options})
     metadata = {**contents[0][1], "adapters": entries}
@@ -170,9 +180,9 @@ def _column_list(options):
 
 
 def _add_columns(found, columns, parts, weight):
-    u, s, v, delta_u, delta_v = parts
+    u, s, v, *changes = parts
     for i, column in enumerate(columns):
-        change = [weight * delta_u[:, i], weight * delta_v[:, i]]
+        change = [weight * values[..., i] for values in changes]
         if column in found:
             # Another run may have found the same direction with other signs.
             old = found[column]
@@ -184,8 +194,10 @@ def _add_columns(found, columns, parts, weight):
                     "or other columns: where singular values are close, "
                     "directions are only equal in factors from one `svd_cache`."
                 )
-            sign = np.sign(overlap)
-            change = [old[3] + sign * change[0], old[4] + sign * change[1]]
+            # A shift of S has none: U and V turn together.
+            signs = (np.sign(overlap), np.sign(overlap), 1.0)
+            parts_now = zip(old[3:], signs, change)
+            change = [before + sign * more for before, sign, more in parts_now]
             found[column] = (*old[:3], *change)
         else:
             found[column] = (u[:, i], s[i], v[:, i], *change)

@@ -1,3 +1,4 @@
+import io
 import os
 import pathlib
 
@@ -159,7 +160,7 @@ def test_the_report_is_true():
         old = kernel_view(model.get_layer(layer.path))
         new = kernel_view(small.get_layer(layer.path))
         assert layer.shape == (old.n_in, old.n_out)
-        assert layer.error <= 0.5
+        assert layer.bound <= 0.5
         if layer.rank is not None:
             pair = small.get_layer(layer.path)
             size = pair.down.count_params() + int(np.prod(pair.up.kernel.shape))
@@ -172,9 +173,131 @@ def test_the_report_is_true():
     for layer in matched:
         old = _numpy(kernel_view(model.get_layer(layer.path)).matrix())
         new = _numpy(kernel_view(small.get_layer(layer.path)).matrix())
-        dropped = np.linalg.norm(old - new, 2) / np.linalg.norm(old, 2)
-        np.testing.assert_allclose(dropped, layer.error, atol=1e-5)
+        for order, stated in ((2, layer.bound), ("fro", layer.error)):
+            dropped = np.linalg.norm(old - new, order)
+            dropped /= np.linalg.norm(old, order)
+            np.testing.assert_allclose(dropped, stated, atol=1e-5)
     assert "factorised" in repr(report)
+
+
+def test_no_error_is_above_one_and_the_table_says_what_it_is():
+    model = _image_model()
+    small = ks.compress_model(model, ratio=0.9)
+    report = ks.compression_report(small, QUIET)
+    assert max(layer.bound for layer in report.layers) > 1
+    assert all(0 < layer.error < 1 for layer in report.layers)
+    console = rich.console.Console(width=80, file=io.StringIO())
+    console.print(report)
+    text = " ".join(console.file.getvalue().split())
+    assert "rel. error" in text and "by the Frobenius norm" in text
+    for layer in report.layers:
+        assert f"{layer.error:.3f}" in text
+
+
+def test_the_error_before_a_lora_is_that_of_the_smaller_rank():
+    model = _image_model()
+    options = {"ratio": 0.4, "method": "energy", "exclude": "head"}
+    whole = ks.compress_model(model, **options)
+    small = ks.compress_model(model, recover="lora", recover_rank=3, **options)
+    found = [ks.compression_report(m, QUIET).layers for m in (whole, small)]
+    for before, layer in zip(*found):
+        assert layer.bound == before.bound and layer.rank == before.rank
+        if layer.rank is None:
+            continue
+        adapter = small.get_layer(layer.path)
+        old = _numpy(kernel_view(model.get_layer(layer.path)).matrix())
+        new = _numpy(adapter.view.matrix())
+        dropped = np.linalg.norm(old - new) / np.linalg.norm(old)
+        np.testing.assert_allclose(dropped, layer.error, atol=1e-5)
+        assert layer.error > before.error
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_kernel_that_is_not_finite_is_named(bad):
+    model = _image_model()
+    kernel = model.get_layer("down").kernel
+    values = kernel.numpy().copy()
+    values[0, 0, 0, 0] = bad
+    kernel.assign(values)
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match="At 'down': .*'down'.* NaN or inf"):
+        ks.compress_model(model, 0.5)
+    for old, new in zip(before, _snapshot(model)):
+        np.testing.assert_array_equal(old, new)
+    small = ks.compress_model(model, 0.5, exclude="down")
+    assert isinstance(small.get_layer("twin"), ks.LowRank)
+
+
+def test_a_kernel_that_a_wrapper_holds_is_refused():
+    layers = keras.layers
+    normalised = layers.SpectralNormalization(layers.Dense(32, name="d"))
+    model = keras.Sequential(
+        [keras.Input((16,)), normalised, layers.Dense(16, name="last")]
+    )
+    model(np.ones((2, 16)))
+    for target in (None, layers.Dense, ".*/d"):
+        with pytest.raises(ValueError, match="SpectralNorm.*exclude"):
+            ks.compress_model(model, 0.3, target=target)
+    small = ks.compress_model(model, 0.3, exclude=".*/d")
+    assert isinstance(small.layers[0], layers.SpectralNormalization)
+    assert small.count_params() < model.count_params()
+
+
+def test_wrappers_that_hold_the_layer_alone_are_compressed():
+    layers = keras.layers
+    inner = layers.Dense(32, activation="tanh", name="d")
+    model = keras.Sequential(
+        [keras.Input((3, 16)), layers.TimeDistributed(inner)]
+    )
+    small = ks.compress_model(model, max_error=0.9)
+    assert isinstance(small.layers[0].layer, ks.LowRank)
+    report = ks.compression_report(small, QUIET)
+    assert report.weights == (model.count_params(), small.count_params())
+
+
+@keras.saving.register_keras_serializable("compress_test")
+class _Borrowing(keras.layers.Dense):
+    """Uses a variable of another layer."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        name, lender = self.lent
+        self._untrack_variable(getattr(self, name))
+        setattr(self, name, getattr(lender(), name))
+
+
+@keras.saving.register_keras_serializable("compress_test")
+class _Sharing(keras.Model):
+    """Two layers of one kernel or one bias."""
+
+    def __init__(self, name_shared):
+        super().__init__()
+        self.name_shared = name_shared
+        self.one = keras.layers.Dense(24, name="one")
+        self.two = _Borrowing(24, name="two")
+        self.two.lent = (name_shared, lambda: self.one)
+
+    def build(self, input_shape):
+        self.one.build(input_shape)
+        self.two.build(input_shape)
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+    def get_config(self):
+        return {"name_shared": self.name_shared}
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("_kernel", "is held by 'two'"), ("bias", "should have")],
+)
+def test_weights_that_two_layers_share(name, match):
+    model = _Sharing(name)
+    model.build((None, 24))
+    model(np.ones((2, 24)))
+    with pytest.raises(ValueError, match=f"{match}.*exclude"):
+        ks.compress_model(model, 0.5, target=keras.layers.Dense)
 
 
 def test_budget_counts_the_whole_model_and_ends_are_kept():

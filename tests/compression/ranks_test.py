@@ -63,6 +63,20 @@ def test_the_error_of_slices_bounds_the_spectral_norm():
         assert size <= spectrum.error(Choice(rank, 4)) + 1e-9
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_the_relative_error_is_exact(slices):
+    matrix = np.random.default_rng(0).normal(size=(24, 16))
+    parts = matrix.reshape(slices, -1, 16)
+    u, s, v = np.linalg.svd(parts, full_matrices=False)
+    spectrum = Spectrum({slices: s}, 384, {slices: 24 + 16 * slices})
+    for rank in (1, 2, 4):
+        left = parts - (u[..., :rank] * s[:, None, :rank]) @ v[:, :rank]
+        wanted = np.linalg.norm(left) / np.linalg.norm(matrix)
+        got = spectrum.relative_error(Choice(rank, slices))
+        np.testing.assert_allclose(got, wanted)
+    assert spectrum.relative_error(LEAVE) == 0
+
+
 def test_a_layer_that_would_grow_is_left():
     spectrum = _spectrum(0)
     assert spectrum.choice(9, 1) == Choice(9, 1)  # 360 of 384

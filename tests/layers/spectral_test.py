@@ -26,6 +26,11 @@ def _additive(variant, adapter, u, s, v, delta_u, delta_v):
     return on_blocks(adapter, change)
 
 
+def _shifted(variant, adapter, u, s, v, delta_u, delta_v, delta_s):
+    new = {"new_u": u + delta_u, "new_s": s + delta_s, "new_v": v + delta_v}
+    return on_blocks(adapter, spectral_matrix(u, s, v, **new))
+
+
 def _rotate(variant, adapter, u, s, v, angles_u, angles_v, stretch):
     turned = u @ _rotation(angles_u), s * stretch, v @ _rotation(angles_v)
     return on_blocks(adapter, spectral_matrix(u, s, v, *turned))
@@ -53,6 +58,14 @@ VARIANTS = [
         "columns",
         {"rank": 2, "columns": [2, 0]},
         _additive,
+        cases=layer_cases.named("dense", "conv_2d_strided"),
+    ),
+    Variant(
+        ks.SpectralDense,
+        "shifted",
+        {"rank": 2, "columns": 1, "shift_values": True},
+        _shifted,
+        lambda case, layer: 2 * (case.size + 1),
         cases=layer_cases.named("dense", "conv_2d_strided"),
     ),
     Variant(
@@ -167,6 +180,9 @@ def test_rotation_keeps_the_singular_values():
         {"rank": 2.0},
         {"rank": 6},
         {"mode": "multiplicative"},
+        {"shift_values": "yes"},
+        {"shift_values": True, "mode": "rotate"},
+        {"shift_values": True, "mode": "values"},
         {"columns": -1},
         {"columns": 1.5},
         {"columns": []},

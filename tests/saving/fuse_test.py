@@ -54,6 +54,7 @@ def test_disjoint_columns_add_up(files):
         "rank": 5,
         "mode": "additive",
         "columns": [0, 1, 2, 3, 4],
+        "shift_values": False,
     }
     for got, left, right in zip(_parts(fused), _parts(a), _parts(b)):
         both = np.concatenate([left, right], axis=-1)
@@ -66,6 +67,38 @@ def test_disjoint_columns_add_up(files):
     np.testing.assert_allclose(
         ops.convert_to_numpy(fused(_x())), expected, atol=1e-5
     )
+
+
+def test_shifts_of_the_values_add_up(files):
+    a = _train(files[0], 1, columns=[0, 3], shift_values=True)
+    b = _train(files[1], 2, rank=2)
+    fused = ks.fuse_adapters(_model(), files, weights=[0.5, 2.0])
+    layer = fused.get_layer("one")
+    assert layer.columns == [0, 1, 3] and layer.shift_values
+    shift = a.get_layer("one").delta_s.numpy()
+    expected = [0.5 * shift[0], 0, 0.5 * shift[1]]
+    np.testing.assert_allclose(layer.delta_s.numpy(), expected, atol=1e-6)
+    both = ks.fuse_adapters(_model(), [files[0], files[0]])
+    got = both.get_layer("one").delta_s.numpy()
+    np.testing.assert_allclose(got, 2 * shift, atol=1e-6)
+    assert not b.get_layer("one").shift_values
+
+
+def test_shifts_are_summed_past_other_signs(files):
+    def turned(path):
+        model = _train(path, 1, rank=2, shift_values=True)
+        for name in ("u", "v", "delta_u", "delta_v"):
+            weight = getattr(model.get_layer("one"), name)
+            weight.assign(-weight)
+        ks.save_adapters(model, path)
+        return model
+
+    a, _ = _train(files[0], 1, rank=2, shift_values=True), turned(files[1])
+    fused = ks.fuse_adapters(_model(), files)
+    for name in ("delta_u", "delta_v", "delta_s"):
+        one = getattr(a.get_layer("one"), name).numpy()
+        got = getattr(fused.get_layer("one"), name).numpy()
+        np.testing.assert_allclose(got, 2 * one, atol=1e-6)
 
 
 def test_equal_columns_are_summed_with_weights(files):

@@ -1,0 +1,99 @@
+"""What `compress_model` is to do, checked: the goal and the layers."""
+
+import keras
+
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_rank
+from keras_spectral.kernels import LowRank
+from keras_spectral.kernels import kernel_view
+from keras_spectral.paths import Place
+from keras_spectral.paths import describe
+from keras_spectral.paths import places
+from keras_spectral.select import Target
+from keras_spectral.select import select
+from keras_spectral.select import without_halves
+from keras_spectral.ties import tied
+from keras_spectral.wrap import adapter_places
+
+
+def check_goal(
+    ratio: float | None, budget: int | None, max_error: float | None
+) -> None:
+    """Raises a ValueError unless one goal is given, and within its limits."""
+    given = {"ratio": ratio, "budget": budget, "max_error": max_error}
+    given = {k: value for k, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"Received {given or 'no goal'}. Expected exactly one of `ratio`, "
+            "`budget` and `max_error`."
+        )
+    name, value = next(iter(given.items()))
+    if name == "budget":
+        check_rank(value, name)
+    elif not 0 < check_number(value, name) < 1:
+        raise ValueError(
+            f"Received {name}={value!r}. Expected a number above 0 and below 1."
+        )
+
+
+def chosen_places(
+    model: keras.Model,
+    target: Target | None,
+    exclude: Target | None,
+    keep_ends: bool,
+) -> list[Place]:
+    """The places to compress, after all checks."""
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            f"Received {model!r}. Expected a built Keras model: call it on a "
+            "batch or use `build(input_shape)` first."
+        )
+    if adapter_places(model):
+        raise ValueError(
+            f"Model '{model.name}' has adapters. Expected a plain one: merge "
+            "or unwrap it first."
+        )
+    found = places(model)
+    chosen = select(model, found, target or _NoTable(), exclude)
+    whole = {id(p.layer) for p in without_halves(found)}
+    chosen = [p for p in chosen if id(p.layer) in whole]
+    chosen = [p for p in chosen if not isinstance(p.layer, LowRank)]
+    if keep_ends:
+        chosen = chosen[1:-1]
+    if not chosen:
+        raise ValueError(
+            f"Nothing is left to compress in model '{model.name}': "
+            f"{describe(found)}."
+        )
+    shared = tied(model, found)
+    for place in chosen:
+        try:
+            _check_layer(place.layer, shared.get(id(place.layer)))
+        except ValueError as error:
+            raise ValueError(f"At '{place.path}': {error}") from error
+    return chosen
+
+
+def _check_layer(layer, sharing):
+    """Raises unless a pair can do a layer's work alone."""
+    view = kernel_view(layer)
+    view.check_assignable()
+    view.thin_layers(1)
+    if sharing is not None:
+        raise ValueError(
+            f"The kernel of layer '{layer.name}' {sharing}, and would go on "
+            "being there. Expected a kernel that a pair can replace: leave "
+            "the layer out with `exclude`."
+        )
+    view.finite_matrix()
+
+
+class _NoTable:
+    """The default target: all that can be factorised but embeddings."""
+
+    def __call__(self, layer):
+        # Some models hold layers that they never build nor call.
+        return layer.built and not isinstance(layer, keras.layers.Embedding)
+
+    def __repr__(self):
+        return "None"
