@@ -47,9 +47,10 @@ class Block(keras.layers.Layer):
 
 
 ks.blocks.register_block(
-    Block, ks.blocks.BlockKind(
+    Block,
+    ks.blocks.BlockKind(
         "attention", "inner", "outer", "padding_mask", norm="last_norm"
-    )
+    ),
 )
 
 
