@@ -12,7 +12,6 @@ import contextlib
 import gc
 import inspect
 import weakref
-from collections.abc import Callable
 from collections.abc import Iterable
 
 import keras
@@ -22,6 +21,7 @@ from keras.src.ops.function import make_node_key
 from keras.src.ops.node import KerasHistory
 from keras.src.utils.tracking import DotNotTrackScope
 
+from keras_spectral._internal.optimizers import renewed
 from keras_spectral._internal.snapshot import Snapshot
 
 # Models that were changed before: they may share layers with others.
@@ -306,12 +306,15 @@ def _owners_above(operations, layers):
 
 
 def _fresh_optimizers(models, swaps):
-    fresh = {}
+    fresh, replaced = {}, []
+    for old, new in swaps.items():
+        # Copies of heads train in place of the base's variables.
+        replaced += vars(new).get("_pairs", ())
+        replaced += [pair[::-1] for pair in vars(old).get("_pairs", ())]
     for model in models:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and optimizer.built:
-            config = optimizer.get_config()
-            fresh[model] = type(optimizer).from_config(config)
+            fresh[model] = renewed(optimizer, replaced)
     return fresh
 
 
@@ -397,50 +400,3 @@ def _swapped(value, mapping, seen):
     for key, item in zip(keys, fresh):
         value[key] = item
     return value
-
-
-def after_update(
-    optimizer: keras.optimizers.Optimizer, function: Callable | None
-) -> None:
-    """Lets an optimizer call a function after each update of weights.
-
-    The function gets the gradients that the update used (accumulated,
-    clipped) and the variables, within the compiled step. The optimizer's
-    class is exchanged for one that is called the same and is saved as the
-    same.
-
-    Args:
-        optimizer: A Keras optimizer.
-        function: What to call; None takes it off again.
-    """
-    plain = getattr(optimizer, "_plain_class", type(optimizer))
-    if function is None:
-        optimizer.__class__ = plain
-        return
-
-    def update(self, grads, trainable_variables, learning_rate):
-        plain._backend_update_step(
-            self, grads, trainable_variables, learning_rate
-        )
-        function(grads, trainable_variables)
-
-    names = ("__module__", "__qualname__", "__doc__")
-    body = {name: getattr(plain, name) for name in names}
-    body |= {"_plain_class": plain, "_backend_update_step": update}
-    body |= {"_called_after_update": staticmethod(function)}
-    optimizer.__class__ = type(plain.__name__, (plain,), body)
-
-
-def called_after_update(
-    optimizer: keras.optimizers.Optimizer,
-) -> Callable | None:
-    """What `after_update` gave to an optimizer, if it did."""
-    return getattr(optimizer, "_called_after_update", None)
-
-
-def remove_variables(
-    optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
-) -> None:
-    """Lets an optimizer forget variables that were added to it."""
-    for variable in variables:
-        optimizer._untrack_variable(variable)

@@ -1,14 +1,20 @@
 """RankBudget: spreads a budget of triplets over AdaLoRADense layers."""
 
 import math
-import numbers
 import warnings
 
 import keras
 
 from keras_spectral import surgery
+from keras_spectral._internal.optimizers import after_update
+from keras_spectral._internal.optimizers import called_after_update
+from keras_spectral._internal.optimizers import innermost
+from keras_spectral._internal.optimizers import stop_after_update
 from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_number
+from keras_spectral.checks import check_whole
+from keras_spectral.checks import is_whole
 from keras_spectral.convert import compact_ranks
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.optimizers import IVON
@@ -46,25 +52,33 @@ class RankBudget(keras.callbacks.Callback):
     for each layer; `ranks` keeps them, one dictionary an epoch. At the end of
     training it warns if no triplet was chosen.
 
+    Where it stands is saved with the layers' weights while it runs, by
+    `BackupAndRestore` before or behind it in the list, `ModelCheckpoint` and
+    `model.save`. A training that was interrupted, also by Ctrl-C, goes on
+    from there in the next `fit` with a RankBudget; after one that ended, the
+    next begins at step 0.
+
     Source: Zhang et al. 2023, arXiv 2303.10512, section 3; Bayesian
     criteria: Chen et al. 2024, arXiv 2409.10673.
 
     Args:
-        target_rank: Mean number of triplets a layer at the end.
+        target_rank: Mean number of triplets a layer at the end, above 0.
         criterion: `"sensitivity"`, `"snr"`, `"mean"`, `"precision"` or
             `"snr_abs"`.
         warmup: Steps (whole number) or share of training (below 1).
         final: The same, at the end.
-        interval: Steps between two choices.
-        total_steps: T. Defaults to epochs times steps of the `fit`.
+        interval: Steps between two choices, a whole number of at least 1.
+        total_steps: T. Defaults to epochs times steps of the `fit`. A step
+            is an update of the optimizer; with IVON's `mc_samples`, a batch.
         beta_1: Of the average Ibar.
         beta_2: Of the average Ubar.
         compact: Whether `compact_ranks` follows after training.
 
     Raises:
-        ValueError: At the start of training: no AdaLoRADense, no steps left
-            between warmup and final, a target above the ranks, a Bayesian
-            criterion without IVON, an unknown number of steps.
+        ValueError: A bad option. At the start of training: no AdaLoRADense,
+            no steps left between warmup and final, a target above the ranks,
+            a Bayesian criterion without IVON, a MultiOptimizer, an unknown
+            number of steps.
 
     Example:
 
@@ -98,16 +112,22 @@ class RankBudget(keras.callbacks.Callback):
     ):
         super().__init__()
         check_number(target_rank, "target_rank", 0)
+        if not target_rank:
+            raise ValueError(
+                "Received target_rank=0. Expected a number above 0; "
+                "`unwrap_model` takes all triplets away."
+            )
         check_choice(criterion, "criterion", CRITERIA)
-        check_number(warmup, "warmup", 0)
-        check_number(final, "final", 0)
         check_number(beta_1, "beta_1", 0, 1)
         check_number(beta_2, "beta_2", 0, 1)
+        check_flag(compact, "compact")
+        if total_steps is not None:
+            total_steps = check_whole(total_steps, "total_steps", 1)
         self.target_rank = target_rank
         self.criterion = criterion
-        self.warmup = warmup
-        self.final = final
-        self.interval = interval
+        self.warmup = _check_steps(warmup, "warmup")
+        self.final = _check_steps(final, "final")
+        self.interval = check_whole(interval, "interval", 1)
         self.total_steps = total_steps
         self.betas = beta_1, beta_2
         self.compact = compact
@@ -116,21 +136,31 @@ class RankBudget(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         adapters = require_adapters(self.model, AdaLoRADense)
-        schedule = self._schedule(adapters)
         optimizer = self._optimizer()
+        schedule = self._schedule(adapters, optimizer)
         if self.criterion != "sensitivity" and not isinstance(optimizer, IVON):
             raise ValueError(
                 f"Received criterion={self.criterion!r} with the optimizer "
                 f"{type(optimizer).__name__}. Expected IVON, which knows means "
                 "and deviations; or criterion='sensitivity'."
             )
-        self._take_off(optimizer)  # what an interrupted training has left
-        if not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
-        self.allocation = RankAllocation(
+        reached = [adapter.progress() for adapter in adapters]
+        self._take_off()  # what an interrupted training has left
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        allocation = RankAllocation(
             optimizer, adapters, schedule, self.criterion, *self.betas
         )
-        surgery.after_update(optimizer, self.allocation)
+        if _goes_on(reached, schedule):
+            for adapter, state in zip(adapters, reached):
+                allocation.take(adapter, state)
+        self._watch(allocation)
+
+    def _watch(self, allocation):
+        self.allocation = allocation
+        after_update(self.model.optimizer, allocation, allocation.variables)
+        for adapter in allocation.adapters:
+            adapter.budget = allocation
         surgery.forget_compiled([self.model])
         self.model.make_train_function()
 
@@ -145,7 +175,9 @@ class RankBudget(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         steps = int(self.allocation.step)
         schedule = self.allocation.schedule
-        self._take_off(self._optimizer())
+        self._take_off()
+        for adapter in self.allocation.adapters:
+            adapter.budget = None
         surgery.forget_compiled([self.model])
         if steps <= schedule.warmup:
             warnings.warn(
@@ -157,17 +189,22 @@ class RankBudget(keras.callbacks.Callback):
         if self.compact:
             compact_ranks(self.model)
 
-    def _take_off(self, optimizer):
-        allocation = surgery.called_after_update(optimizer)
-        if isinstance(allocation, RankAllocation):
-            surgery.after_update(optimizer, None)
-            surgery.remove_variables(optimizer, allocation.variables)
+    def _take_off(self):
+        optimizer = self.model.optimizer
+        if isinstance(called_after_update(optimizer), RankAllocation):
+            stop_after_update(optimizer)
 
     def _optimizer(self):
-        optimizer = self.model.optimizer
-        return getattr(optimizer, "inner_optimizer", optimizer)
+        optimizer = innermost(self.model.optimizer)
+        if hasattr(optimizer, "optimizers"):
+            raise ValueError(
+                f"Model '{self.model.name}' is compiled with "
+                f"{type(optimizer).__name__}. Expected one optimizer for all "
+                "weights, whose updates RankBudget can follow."
+            )
+        return optimizer
 
-    def _schedule(self, adapters):
+    def _schedule(self, adapters, optimizer):
         total = self.total_steps
         if total is None:
             epochs, steps = (self.params.get(k) for k in ("epochs", "steps"))
@@ -176,7 +213,7 @@ class RankBudget(keras.callbacks.Callback):
                     "The number of training steps is not known beforehand. "
                     "Expected RankBudget(..., total_steps=...)."
                 )
-            accumulated = self._optimizer().gradient_accumulation_steps or 1
+            accumulated = optimizer.gradient_accumulation_steps or 1
             total = epochs * steps // accumulated
         start = sum(adapter.rank for adapter in adapters)
         end = round(self.target_rank * len(adapters))
@@ -184,8 +221,23 @@ class RankBudget(keras.callbacks.Callback):
         return Schedule(warmup, final, self.interval, total, start, end)
 
 
+def _check_steps(given, name):
+    """Raises unless it is a whole number of steps or a share."""
+    check_number(given, name, 0)
+    if not is_whole(given) and given >= 1:
+        raise ValueError(
+            f"Received {name}={given!r}. Expected a whole number of steps, or "
+            "a share of all below 1."
+        )
+    return given
+
+
+def _goes_on(reached, schedule):
+    """Whether all layers say that a training is under way, and the same."""
+    steps = {int(state.get("step", 0)) for state in reached}
+    return len(steps) == 1 and 0 < steps.pop() < schedule.total
+
+
 def _steps(given, total):
     """Steps from a whole number of them or from a share."""
-    if isinstance(given, numbers.Integral):
-        return int(given)
-    return math.floor(given * total)
+    return int(given) if is_whole(given) else math.floor(given * total)

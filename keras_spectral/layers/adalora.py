@@ -1,6 +1,10 @@
 """AdaLoRADense: a LoRA in the form of an SVD, whose rank can be taken away."""
 
+import warnings
+from typing import Protocol
+
 import keras
+import numpy as np
 from keras import ops
 
 from keras_spectral._backend import is_training
@@ -13,6 +17,31 @@ from keras_spectral.layers.lora import set_rank_and_alpha
 
 _STDDEV = 0.02
 _SMALL = 1e-5
+_PROGRESS = "rank_budget_"  # of the names in a file of weights
+_WARNED: list[str] = []
+
+
+class Progress(Protocol):
+    """What knows where a RankBudget stands."""
+
+    def state(self, adapter) -> dict[str, np.ndarray]:
+        """What a layer saves with its weights."""
+
+    def take(self, adapter, state: dict[str, np.ndarray]) -> None:
+        """What a layer has loaded."""
+
+
+class Loaded:
+    """What a file said, until a RankBudget goes on from there."""
+
+    def __init__(self, state):
+        self._state = state
+
+    def state(self, adapter):
+        return self._state
+
+    def take(self, adapter, state):
+        self._state = state
 
 
 @register_method("adalora")
@@ -31,7 +60,8 @@ class AdaLoRADense(AdapterLayer):
     triplets apart from each other.
 
     Use it where a budget of weights has to be spread over a model. Without
-    `RankBudget` it is a LoRA with `rank` more weights.
+    `RankBudget` it is a LoRA with `rank` more weights, and the first one of a
+    process that trains so warns.
 
     Source: Zhang et al. 2023, arXiv 2303.10512, equations 3 and 5.
 
@@ -79,6 +109,7 @@ class AdaLoRADense(AdapterLayer):
         self.orthogonality = check_number(orthogonality, "orthogonality", 0)
         self.set_dropout(dropout, seed)
         self._layers_of_model = 1
+        self.budget: Progress | None = None
 
     @classmethod
     def connect(cls, adapters):
@@ -107,12 +138,37 @@ class AdaLoRADense(AdapterLayer):
         return self.alpha / (self.rank + _SMALL)
 
     def call(self, inputs, training=None, **kwargs):
-        if self.orthogonality and is_training(training):
+        trains = is_training(training)
+        if trains and self.budget is None:
+            _warn_once(self.name)
+        if trains and self.orthogonality:
             self.add_loss(self.orthogonality * self.penalty())
         return super().call(inputs, training=training, **kwargs)
 
     def factors(self):
         return self.lora_a * self.lora_e, self.lora_b
+
+    def progress(self) -> dict[str, np.ndarray]:
+        """Where a RankBudget stands, by name; empty if none has begun."""
+        return self.budget.state(self) if self.budget else {}
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        for name, value in self.progress().items():
+            store[_PROGRESS + name] = value
+
+    def load_own_variables(self, store):
+        values = {name: store[name] for name in store.keys()}
+        state = {
+            name.removeprefix(_PROGRESS): np.array(values.pop(name))
+            for name in list(values)
+            if name.startswith(_PROGRESS)
+        }
+        super().load_own_variables(values)
+        if state and self.budget is None:
+            self.budget = Loaded(state)
+        elif state:
+            self.budget.take(self, state)
 
     def penalty(self):
         """This layer's share of the mean distance from orthonormality."""
@@ -130,3 +186,17 @@ class AdaLoRADense(AdapterLayer):
 def _normal(seed, name):
     seed = derived_seed(seed, f"lora_{name}")
     return keras.initializers.RandomNormal(0.0, _STDDEV, seed)
+
+
+def _warn_once(name):
+    """Says, once in a process, that nothing takes triplets away."""
+    if _WARNED:
+        return
+    _WARNED.append(name)
+    warnings.warn(
+        f"The AdaLoRADense '{name}' trains without RankBudget, so no triplet "
+        "is ever taken away: it is a LoRA with a few more weights. Expected "
+        "`fit(..., callbacks=[ks.callbacks.RankBudget(target_rank)])`, or "
+        "method 'lora'.",
+        stacklevel=2,
+    )

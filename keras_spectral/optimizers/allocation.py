@@ -3,11 +3,14 @@
 import dataclasses
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.optimizers.importance import BAYESIAN
 from keras_spectral.optimizers.importance import sensitivity
+
+_AVERAGES = ("importance", "uncertainty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,8 @@ class RankAllocation:
     """Importances, budget and masks of AdaLoRADense layers.
 
     It holds variables of an optimizer, and is called after each of its
-    updates, within the compiled step.
+    updates, within the compiled step. The optimizer is saved without them:
+    the layers save, load and give them back (`AdaLoRADense.progress`).
 
     Args:
         optimizer: A built Keras optimizer, IVON for the Bayesian criteria.
@@ -106,7 +110,7 @@ class RankAllocation:
             for variable in (v for three in self.weights for v in three):
                 self.averages[id(variable)] = [
                     optimizer.add_variable_from_reference(variable, name=name)
-                    for name in ("importance", "uncertainty")
+                    for name in _AVERAGES
                 ]
 
     @property
@@ -137,12 +141,43 @@ class RankAllocation:
 
     def ranks(self) -> list[int]:
         """How many triplets of each layer the last mask kept."""
-        kept, start, ranks = ops.convert_to_numpy(self.kept), 0, []
-        for adapter in self.adapters:
-            part = kept[start : start + adapter.rank]
-            ranks.append(int(part.sum()))
-            start += adapter.rank
-        return ranks
+        kept = ops.convert_to_numpy(self.kept)
+        return [int(kept[part].sum()) for part in self._parts()]
+
+    def state(self, adapter: AdaLoRADense) -> dict[str, np.ndarray]:
+        """Where it stands: the step, and what belongs to one layer."""
+        kept = ops.convert_to_numpy(self.kept)
+        part = self._parts()[self.adapters.index(adapter)]
+        state = {"step": np.int32(self.step), "kept": kept[part]}
+        for name, variable in self._named(adapter).items():
+            state[name] = ops.convert_to_numpy(variable)
+        return state
+
+    def take(self, adapter: AdaLoRADense, state: dict[str, np.ndarray]) -> None:
+        """Goes on where `state` stood; what it lacks starts at zero."""
+        kept = ops.convert_to_numpy(self.kept).copy()
+        kept[self._parts()[self.adapters.index(adapter)]] = state["kept"]
+        self.kept.assign(kept)
+        self.step.assign(state["step"])
+        for name, variable in self._named(adapter).items():
+            zeros = np.zeros(variable.shape, "float32")
+            variable.assign(state.get(name, zeros))
+
+    def _parts(self):
+        """Where each layer's triplets are among all."""
+        ends = np.cumsum([adapter.rank for adapter in self.adapters])
+        return [slice(e - a.rank, e) for e, a in zip(ends, self.adapters)]
+
+    def _named(self, adapter):
+        """The averages of one layer by name."""
+        if not self.averages:
+            return {}
+        weights = zip("eab", self.weights[self.adapters.index(adapter)])
+        return {
+            f"{name}_{letter}": average
+            for letter, variable in weights
+            for name, average in zip(_AVERAGES, self.averages[id(variable)])
+        }
 
     def _average(self, gradients, step):
         """Ibar and Ubar, which stand still in the final steps."""
@@ -183,10 +218,8 @@ class RankAllocation:
         return BAYESIAN[self.criterion](*moments)
 
     def _switch_off(self, keep):
-        start = 0
-        for adapter in self.adapters:
-            part = keep[start : start + adapter.rank]
-            start += adapter.rank
+        for adapter, part in zip(self.adapters, self._parts()):
+            part = keep[part]
             if hasattr(self.optimizer, "multiply_mean"):
                 self.optimizer.multiply_mean(adapter.lora_e, part)
             else:

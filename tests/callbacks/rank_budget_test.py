@@ -279,7 +279,6 @@ def test_warns_if_it_never_ran():
         ({"target_rank": 0.1}, "target of 0 triplets"),
         ({"target_rank": 1, "warmup": 0.6, "final": 0.5}, "steps in between"),
         ({"target_rank": 1, "warmup": 8}, "steps in between"),
-        ({"target_rank": 1, "interval": 0}, "interval=0"),
         ({"target_rank": 1, "criterion": "snr"}, "Expected IVON"),
     ],
 )
@@ -293,8 +292,36 @@ def test_impossible_schedules_raise(options, message):
     assert type(model.optimizer) is plain
 
 
-def test_bad_options_raise():
-    with pytest.raises(ValueError, match="criterion='size'"):
-        ks.callbacks.RankBudget(1, "size")
-    with pytest.raises(ValueError, match="beta_1=1"):
-        ks.callbacks.RankBudget(1, beta_1=1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_rank": 0}, "target_rank=0"),
+        ({"target_rank": np.nan}, "target_rank=nan"),
+        ({"target_rank": np.inf}, "target_rank=inf"),
+        ({"target_rank": True}, "target_rank=True"),
+        ({"criterion": "size"}, "criterion='size'"),
+        ({"warmup": 2.5}, "warmup=2.5"),
+        ({"warmup": True}, "warmup=True"),
+        ({"final": 1.0}, "final=1.0"),
+        ({"final": -1}, "final=-1"),
+        ({"interval": 2.5}, "interval=2.5"),
+        ({"interval": 0}, "interval=0"),
+        ({"interval": True}, "interval=True"),
+        ({"total_steps": 10.0}, "total_steps=10.0"),
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"beta_1": 1}, "beta_1=1"),
+        ({"beta_2": -0.1}, "beta_2=-0.1"),
+        ({"compact": "no"}, "compact='no'"),
+    ],
+)
+def test_bad_options_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        ks.callbacks.RankBudget(**{"target_rank": 1, **options})
+
+
+def test_many_optimizers_are_refused():
+    model = _model()
+    table = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1))
+    model.compile(keras.optimizers.MultiOptimizer(table), "mse")
+    with pytest.raises(ValueError, match="one optimizer for all"):
+        model.fit(*_data(), verbose=0, callbacks=[ks.callbacks.RankBudget(1)])
