@@ -77,7 +77,7 @@ def test_a_backup_goes_on_wherever_it_is_in_the_list(kind, tmp_path):
     assert budget.ranks[1] != budget.ranks[-1]
     for first in ("backup", "budget"):
 
-        def callbacks():
+        def callbacks(first=first):
             backup = keras.callbacks.BackupAndRestore(tmp_path / first)
             pair = [backup, _budget()]
             return pair if first == "backup" else pair[::-1]
