@@ -79,9 +79,18 @@ def write_safetensors(
 
 
 def _part_start(target):
-    """How the names of a target's parts begin on this machine."""
-    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-    return str(target.with_name(f"{target.name[:80]}.{host}-"))
+    """How the names of a target's parts begin where process ids are ours."""
+    try:  # containers may share a name, but not their processes
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = ""
+    name = os.fsencode(target.name)
+    here = _short_hash(f"{platform.node()} {processes}".encode())
+    return str(target.with_name(f".{_short_hash(name)}.{here}-"))
+
+
+def _short_hash(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _remove_orphans(target):

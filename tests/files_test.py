@@ -55,8 +55,8 @@ def test_a_link_stays_a_link(tmp_path):
 def test_a_killed_process_leaves_its_part_for_one_save(tmp_path):
     path = tmp_path / "x"
     code = f"""
-    import os, signal
-    from keras_spectral._files import whole_file
+    import os, runpy, signal
+    whole_file = runpy.run_path({_files.__file__!r})["whole_file"]
     with whole_file({str(path)!r}) as part:
         os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -79,6 +79,25 @@ def test_parts_of_living_processes_and_other_files_stay(tmp_path):
         assert os.path.exists(part)
     assert not os.path.exists(gone)
     assert all(os.path.exists(name) for name in kept)
+
+
+def test_names_may_be_as_long_as_the_system_takes(tmp_path):
+    path = tmp_path / ("\u6e2c" * 84 + ".st")  # 255 bytes
+    _write(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_parts_of_other_containers_stay(tmp_path, monkeypatch):
+    """Their processes have numbers of their own, under one host's name."""
+    path = tmp_path / "x"
+    monkeypatch.setattr(os, "readlink", lambda link: "pid:[1]")
+    start = _files._part_start(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(_files, "_is_alive", lambda pid: False)
+    part = f"{start}4000000-0.part"
+    open(part, "w").close()
+    _write(path)
+    assert os.path.exists(part)
 
 
 def test_a_failure_leaves_the_old_file_and_no_part(tmp_path):
