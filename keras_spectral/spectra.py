@@ -52,7 +52,7 @@ def factorize(
             It is made if it is not there; a damaged file is made anew.
 
     Returns:
-        The triplets, in the order of the requests.
+        The triplets, in float32, in the order of the requests.
 
     Raises:
         ValueError: A kernel holds NaN or infinities.
@@ -83,7 +83,18 @@ def factorize(
                 for i in missing:
                     cache.put(paths[i], found[i])
             progress.advance(len(batch))
-    return [found[i] for i in range(len(requests))]
+    return [_float32(found[i]) for i in range(len(requests))]
+
+
+def _float32(triplets):
+    """Factors of a float64 kernel as adapters hold them."""
+    return Triplets(
+        *(f if _is_float32(f) else ops.cast(f, "float32") for f in triplets)
+    )
+
+
+def _is_float32(x):
+    return keras.backend.standardize_dtype(x.dtype) == "float32"
 
 
 def leading_triplets(matrix: Any, count: int) -> Triplets:

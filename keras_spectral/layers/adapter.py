@@ -284,5 +284,7 @@ class AdapterLayer(Host):
         if view is None or view.kernel_name is None:
             return getattr(base, name)
         if name in (view.kernel_name, f"_{view.kernel_name}"):
-            return view.kernel(self.view.matrix() + self.delta_matrix())
+            matrix = view.matrix()
+            delta = ops.cast(self.delta_matrix(), matrix.dtype)
+            return view.kernel(matrix + delta)
         return getattr(base, name)

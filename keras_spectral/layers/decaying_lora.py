@@ -186,7 +186,9 @@ class DecayingLoRA(AdapterLayer):
     def delta_matrix(self):
         decay = self._decay(False)
         a, b = self._pair(decay)
-        return ops.matmul(a, b) - (1 - decay) * self.view.matrix()
+        kernel = self.view.matrix()
+        pair = ops.cast(ops.matmul(a, b), kernel.dtype)
+        return pair - ops.cast(1 - decay, kernel.dtype) * kernel
 
     def factors(self):
         raise ValueError(

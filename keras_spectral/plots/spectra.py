@@ -51,8 +51,8 @@ def plot_spectrum(model: keras.Model, path: str, ax=None):
             f"'{model.name}'. Expected one of {describe(found)}."
         )
     adapter = matched[0].layer
-    delta = adapter.delta_matrix()
     matrix = adapter.view.finite_matrix()
+    delta = ops.cast(adapter.delta_matrix(), matrix.dtype)
     before = _singular_values(matrix)
     after = _singular_values(matrix + delta)
     figure, ax = new_axes(ax, (7, 3.5))
