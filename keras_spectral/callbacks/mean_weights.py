@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_spectral.optimizers import IVON
+from keras_spectral.optimizers.predict import ivon_of
 
 
 class MeanWeights(keras.callbacks.Callback):
@@ -14,7 +14,8 @@ class MeanWeights(keras.callbacks.Callback):
     begins with a fresh sample. After training the model holds the means.
 
     Raises:
-        ValueError: At the start of training, if the optimizer is not IVON.
+        ValueError: At the start of training, if the optimizer is not IVON,
+            alone or inside of a LossScaleOptimizer.
 
     Example:
 
@@ -31,19 +32,15 @@ class MeanWeights(keras.callbacks.Callback):
     """
 
     def on_train_begin(self, logs=None):
-        optimizer = getattr(self.model, "optimizer", None)
-        if not isinstance(optimizer, IVON):
-            raise ValueError(
-                f"Model '{self.model.name}' is compiled with "
-                f"{type(optimizer).__name__}. Expected IVON."
-            )
+        ivon_of(self.model)
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self.model.optimizer.built:
-            self.model.optimizer.sample()
+        optimizer = ivon_of(self.model)
+        if optimizer.built:
+            optimizer.sample()
 
     def on_test_begin(self, logs=None):
-        self.model.optimizer.use_mean()
+        ivon_of(self.model).use_mean()
 
     def on_epoch_end(self, epoch, logs=None):
-        self.model.optimizer.use_mean()
+        ivon_of(self.model).use_mean()

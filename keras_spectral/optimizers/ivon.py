@@ -3,13 +3,22 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_spectral._backend import eagerly
+from keras_spectral.checks import check_choice
+from keras_spectral.checks import check_flag
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import check_whole
+from keras_spectral.optimizers.ivon_update import HESSIANS
+from keras_spectral.optimizers.ivon_update import check_positive
+from keras_spectral.optimizers.ivon_update import check_rate
+from keras_spectral.optimizers.ivon_update import ivon_curvature
+from keras_spectral.optimizers.ivon_update import ivon_update
 
 
 @keras.saving.register_keras_serializable("keras_spectral")
@@ -42,11 +51,27 @@ class IVON(keras.optimizers.Optimizer):
     rescale_lr=False)` nearly every weight moves by `lr * clip_radius` instead,
     as by Adam's rate.
 
-    Source: Shen et al. 2024, arXiv 2402.17641, algorithm 1.
+    `mc_samples` = k makes a step of k batches, each at a sample of its own:
+    grad and e grad are their means. Keras calls an optimizer once a batch, so
+    it is the authors' k evaluations of one batch only where each batch comes
+    k times in a row (`dataset.flat_map` of repeats); else it is a batch k
+    times as large whose parts have samples of their own. Schedules and
+    `clipnorm` see single batches, `iterations` counts steps.
+
+    All random numbers come from `noise(index, shape, dtype)`, which gives
+    standard normal ones for the variable at `index`; a subclass or
+    `optimizer.noise = function` may put others in their place.
+
+    Within a LossScaleOptimizer (`mixed_float16`) the gradients arrive
+    unscaled; a batch whose gradients overflow is skipped, and the sample
+    stays for the next one.
+
+    Source: Shen et al. 2024, arXiv 2402.17641, algorithm 1; `hess_approx` and
+    `mc_samples` as in the authors' code, ivon-opt 0.1.3.
 
     Args:
-        learning_rate: A number or a Keras schedule; 0.1 is a good start for
-            a whole model.
+        learning_rate: A number of at least 0, or a Keras schedule; 0.1 is a
+            good start for a whole model.
         ess: Effective sample size, about the number of training examples:
             the larger, the narrower the posterior.
         hess_init: Start of h, above 0.
@@ -54,15 +79,20 @@ class IVON(keras.optimizers.Optimizer):
         beta_2: b2, the same.
         weight_decay: wd, the precision of the prior divided by `ess`; it acts
             through the gradient, not apart from it.
-        clip_radius: Largest step before the learning rate, above 0.
+        clip_radius: Largest step before the rate, above 0; may be infinite.
         rescale_lr: Whether the rate is multiplied by `hess_init + wd`.
         debias: Whether g is divided by `1 - b1^t`.
         seed: Integer seed of the samples.
-        **kwargs: Those of every Keras optimizer (`clipnorm`,
-            `gradient_accumulation_steps`, `name`).
+        hess_approx: What f is: `"price"`, the formula above, or `"gradsq"`,
+            `f = ess grad^2`, which is never negative.
+        mc_samples: Batches, each at its own sample, of one step; at least 1.
+        **kwargs: Those of every Keras optimizer (`clipnorm`, `name`,
+            `gradient_accumulation_steps`, whose batches share one sample),
+            but no `use_ema`: means are what `mean` puts in.
 
     Raises:
-        ValueError: A number out of its range.
+        ValueError: A bad option; `mc_samples` together with
+            `gradient_accumulation_steps`.
 
     Example:
 
@@ -89,24 +119,19 @@ class IVON(keras.optimizers.Optimizer):
         debias=True,
         seed=None,
         name="ivon",
+        hess_approx="price",
+        mc_samples=1,
         **kwargs,
     ):
-        super().__init__(learning_rate, name=name, **kwargs)
-        for key, value, low, high in (
-            ("ess", ess, 0, math.inf),
-            ("hess_init", hess_init, 0, math.inf),
-            ("clip_radius", clip_radius, 0, None),
-            ("beta_1", beta_1, None, 1),
-            ("beta_2", beta_2, None, 1),
-            ("weight_decay", weight_decay, None, math.inf),
-        ):
-            above = value > 0 if low == 0 else value >= 0
-            if not above or (high is not None and not value < high):
-                raise ValueError(
-                    f"Received {key}={value!r}. Expected a number "
-                    + ("above 0" if low == 0 else "of at least 0")
-                    + (" and below 1." if high == 1 else ".")
-                )
+        super().__init__(check_rate(learning_rate), name=name, **kwargs)
+        check_positive(ess, "ess")
+        check_positive(hess_init, "hess_init")
+        if clip_radius != math.inf:
+            check_positive(clip_radius, "clip_radius")
+        check_number(beta_1, "beta_1", 0, 1)
+        check_number(beta_2, "beta_2", 0, 1)
+        check_number(weight_decay, "weight_decay", 0)
+        check_choice(hess_approx, "hess_approx", HESSIANS)
         self.ess = ess
         self.hess_init = hess_init
         self.beta_1 = beta_1
@@ -114,10 +139,21 @@ class IVON(keras.optimizers.Optimizer):
         # Not Keras's own `weight_decay`, which would shrink weights itself.
         self.prior_precision = weight_decay
         self.clip_radius = clip_radius
-        self.rescale_lr = rescale_lr
-        self.debias = debias
-        self.seed = seed
+        self.rescale_lr = check_flag(rescale_lr, "rescale_lr")
+        self.debias = check_flag(debias, "debias")
+        self.hess_approx = hess_approx
+        self.mc_samples = check_whole(mc_samples, "mc_samples", 1)
+        self._check_keras_options()
+        self.seed = check_seed(seed)
         self.seed_generator = keras.random.SeedGenerator(seed)
+
+    @property
+    def iterations(self):
+        """How many steps were made, of `mc_samples` batches each."""
+        batches = super().iterations
+        if self.mc_samples == 1:
+            return batches
+        return ops.floor_divide(batches, self.mc_samples)
 
     def build(self, variables):
         if self.built:
@@ -135,6 +171,11 @@ class IVON(keras.optimizers.Optimizer):
         )
         for hessian in self._hessians:
             hessian.assign(ops.convert_to_tensor(hessian) + self.hess_init)
+        if self.mc_samples > 1:
+            self._gradients, self._curvatures = (
+                [self.add_variable_from_reference(v, name) for v in variables]
+                for name in ("gradient_sum", "curvature_sum")
+            )
         for mean, variable in zip(self._means, variables):
             mean.assign(ops.copy(variable))  # no two share one buffer
         self.sample()
@@ -143,30 +184,44 @@ class IVON(keras.optimizers.Optimizer):
         index = self._get_variable_index(variable)
         dtype = variable.dtype
         gradient = ops.cast(gradient, dtype)
-        mean, momentum, hessian = (
-            ops.convert_to_tensor(state[index])
-            for state in (self._means, self._momenta, self._hessians)
+        states = self._means, self._momenta, self._hessians
+        mean, momentum, hessian = old = [
+            ops.convert_to_tensor(state[index]) for state in states
+        ]
+        noise = ops.convert_to_tensor(variable) - mean
+        gradient, curvature, complete = self._of_the_step(
+            index, gradient, ivon_curvature(gradient, noise, self)
         )
         momentum, hessian, move = ivon_update(
-            gradient,
-            ops.convert_to_tensor(variable) - mean,
-            mean,
-            momentum,
-            hessian,
-            self._bias(dtype),
-            self,
+            gradient, curvature, *old, self._bias(dtype), self
         )
         rate = ops.cast(learning_rate, dtype)
         if self.rescale_lr:
             rate = rate * (self.hess_init + self.prior_precision)
-        mean = mean - rate * move
-        self.assign(self._momenta[index], momentum)
-        self.assign(self._hessians[index], hessian)
-        self.assign(self._means[index], mean)
-        self.assign(variable, mean + self._draw(index, hessian))
+        new = [mean - rate * move, momentum, hessian]
+        if complete is not None:
+            new = [ops.where(complete, n, o) for n, o in zip(new, old)]
+        for state, value in zip(states, new):
+            self.assign(state[index], value)
+        self.assign(variable, new[0] + self._draw(index, new[2]))
+
+    def _of_the_step(self, index, *values):
+        """Means over a step's samples, and whether these were all of them."""
+        if self.mc_samples == 1:
+            return *values, None
+        batches = ops.convert_to_tensor(self._iterations) + 1
+        complete = ops.equal(batches % self.mc_samples, 0)
+        means = []
+        for sums, value in zip((self._gradients, self._curvatures), values):
+            total = ops.convert_to_tensor(sums[index]) + value
+            self.assign(
+                sums[index], ops.where(complete, ops.zeros_like(total), total)
+            )
+            means.append(total / self.mc_samples)
+        return *means, complete
 
     def noise(self, index: int, shape: tuple, dtype: str):
-        """Standard normal numbers for variable `index`; tests replace it."""
+        """Standard normal numbers for variable `index`; may be replaced."""
         return keras.random.normal(shape, dtype=dtype, seed=self.seed_generator)
 
     def sample(self) -> None:
@@ -206,10 +261,21 @@ class IVON(keras.optimizers.Optimizer):
         Raises:
             ValueError: The optimizer is not built, or not for that variable.
         """
-        self._check_built()
-        self._check_variables_are_known([variable])
+        self._check_knows(variable)
         mean, deviation = map(ops.convert_to_numpy, self.moments(variable))
         return mean, deviation
+
+    def momentum(self, variable: keras.Variable) -> np.ndarray:
+        """g of a variable, not divided by `1 - b1^t`; raises as `posterior`."""
+        self._check_knows(variable)
+        state = self._momenta[self._get_variable_index(variable)]
+        return ops.convert_to_numpy(state)
+
+    def hessian(self, variable: keras.Variable) -> np.ndarray:
+        """h of a variable, without `weight_decay`; raises as `posterior`."""
+        self._check_knows(variable)
+        state = self._hessians[self._get_variable_index(variable)]
+        return ops.convert_to_numpy(state)
 
     def moments(self, variable: keras.Variable) -> tuple:
         """The same as tensors, also within a compiled step."""
@@ -231,7 +297,7 @@ class IVON(keras.optimizers.Optimizer):
     def get_config(self):
         config = super().get_config()
         names = ("ess", "hess_init", "beta_1", "beta_2", "clip_radius")
-        names += ("rescale_lr", "debias", "seed")
+        names += ("rescale_lr", "debias", "seed", "hess_approx", "mc_samples")
         own = {name: getattr(self, name) for name in names}
         return {**config, **own, "weight_decay": self.prior_precision}
 
@@ -251,77 +317,34 @@ class IVON(keras.optimizers.Optimizer):
         step = ops.cast(self.iterations + 1, dtype)
         return -ops.expm1(math.log(self.beta_1) * step)
 
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        raise ValueError(
+            "IVON's weight_decay is the precision of the prior, without which "
+            "no weight has a posterior. Expected one value for all weights."
+        )
+
+    def _check_keras_options(self):
+        if self.use_ema:
+            raise ValueError(
+                "Received use_ema=True. Expected IVON without it: an average "
+                "would replace the samples that training needs; `mean` and "
+                "`callbacks.MeanWeights` put the means in."
+            )
+        if self.mc_samples > 1 and self.gradient_accumulation_steps:
+            raise ValueError(
+                f"Received mc_samples={self.mc_samples} and "
+                "gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}. Expected one of them: "
+                "both make a step of several batches."
+            )
+
+    def _check_knows(self, variable):
+        self._check_built()
+        self._check_variables_are_known([variable])
+
     def _check_built(self):
         if not self.built:
             raise ValueError(
                 "The optimizer has no posterior yet. Expected one that is "
                 "built: call `fit`, or `optimizer.build(variables)`."
             )
-
-
-def ivon_update(gradient, noise, mean, momentum, hessian, bias, options):
-    """New momentum, new h and the step before the learning rate."""
-    b1, b2 = options.beta_1, options.beta_2
-    decay = options.prior_precision
-    momentum = b1 * momentum + (1 - b1) * gradient
-    estimate = options.ess * (hessian + decay) * noise * gradient
-    correction = ops.square(hessian - estimate) / (2 * (hessian + decay))
-    hessian = b2 * hessian + (1 - b2) * estimate + (1 - b2) ** 2 * correction
-    move = (momentum / bias + decay * mean) / (hessian + decay)
-    if options.clip_radius < math.inf:
-        move = ops.clip(move, -options.clip_radius, options.clip_radius)
-    return momentum, hessian, move
-
-
-def predict_mean(
-    model: keras.Model, x: Any, samples: int = 8, activation: Any = None
-) -> np.ndarray:
-    """Averages predictions over samples of an IVON posterior.
-
-    Args:
-        model: A model that was trained with IVON.
-        x: What `model.predict` takes.
-        samples: How many, at least 1.
-        activation: What makes probabilities of the model's output before it
-            is averaged, as `"softmax"` for logits; `None`, nothing.
-
-    Returns:
-        The mean prediction. The model's weights are as before.
-
-    Raises:
-        ValueError: The model has no IVON optimizer that has trained its
-            weights as they are now; `samples` below 1; an activation that
-            Keras does not know.
-
-    Example:
-
-    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    >>> model.compile(IVON(0.1, ess=100), "mse")
-    >>> data = keras.ops.ones((4, 2)), keras.ops.ones((4, 1))
-    >>> history = model.fit(*data, verbose=0)
-    >>> predict_mean(model, data[0], samples=3).shape
-    (4, 1)
-    """
-    optimizer = getattr(model, "optimizer", None)
-    if not isinstance(optimizer, IVON):
-        raise ValueError(
-            f"Model '{model.name}' is compiled with "
-            f"{type(optimizer).__name__}. Expected IVON."
-        )
-    # JAX builds optimizers also where nothing is trained.
-    if not optimizer.built or not int(optimizer.iterations):
-        raise ValueError(
-            f"The IVON of model '{model.name}' has trained none of its weights "
-            "yet (layers that are exchanged, as by `compact_ranks`, begin "
-            "anew). Expected a model after `fit`."
-        )
-    if samples < 1:
-        raise ValueError(f"Received samples={samples}. Expected at least 1.")
-    activate = keras.activations.get(activation)
-    total = 0.0
-    with optimizer.mean():
-        for _ in range(samples):
-            optimizer.sample()
-            output = ops.convert_to_tensor(model.predict(x, verbose=0))
-            total = total + ops.convert_to_numpy(activate(output))
-    return total / samples

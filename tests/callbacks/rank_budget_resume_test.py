@@ -50,6 +50,12 @@ def _budget():
     )
 
 
+def _pair(path, first):
+    """The two callbacks, in one order or the other."""
+    pair = [keras.callbacks.BackupAndRestore(path / first), _budget()]
+    return pair if first == "backup" else pair[::-1]
+
+
 class _Kill(keras.callbacks.Callback):
     """Stops in the middle of the third epoch."""
 
@@ -76,19 +82,13 @@ def test_a_backup_goes_on_wherever_it_is_in_the_list(kind, tmp_path):
     _fit(straight, budget)
     assert budget.ranks[1] != budget.ranks[-1]
     for first in ("backup", "budget"):
-
-        def callbacks(first=first):
-            backup = keras.callbacks.BackupAndRestore(tmp_path / first)
-            pair = [backup, _budget()]
-            return pair if first == "backup" else pair[::-1]
-
         with pytest.raises(KeyboardInterrupt):
-            _fit(_model(kind), *callbacks(), _Kill())
+            _fit(_model(kind), *_pair(tmp_path, first), _Kill())
         model = _model(kind)
-        given = callbacks()
-        _fit(model, *given)
+        callbacks = _pair(tmp_path, first)
+        _fit(model, *callbacks)
         _assert_same(_end(model), _end(straight))
-        resumed = next(c for c in given if hasattr(c, "ranks"))
+        resumed = next(c for c in callbacks if hasattr(c, "ranks"))
         assert resumed.ranks == budget.ranks[2:]
 
 

@@ -35,14 +35,31 @@ def _precision(dtype):
         keras.config.set_floatx(before)
 
 
-def _oracle(x, noise, gradient, lr, ess, h0, b1, b2, wd, clip, rescale, debias):
+def _oracle(
+    x,
+    noise,
+    gradient,
+    lr,
+    ess,
+    h0,
+    b1,
+    b2,
+    wd,
+    clip,
+    rescale,
+    debias,
+    approx="price",
+    samples=1,
+):
     """Mean, momentum and h after each step, in float64."""
     m, g, h = x.copy(), np.zeros_like(x), np.full_like(x, h0)
-    for t, eps in enumerate(noise, 1):
+    for t, eps in enumerate(noise.reshape(-1, samples, x.size), 1):
         e = eps / np.sqrt(ess * (h + wd))
-        grad = gradient(m + e)
-        g = b1 * g + (1 - b1) * grad
-        f = ess * (h + wd) * e * grad
+        grads = np.array([gradient(m + one) for one in e])
+        f = ess * (grads**2).mean(0)
+        if approx == "price":
+            f = ess * (h + wd) * (e * grads).mean(0)
+        g = b1 * g + (1 - b1) * grads.mean(0)
         h_new = b2 * h + (1 - b2) * f
         h = h_new + (1 - b2) ** 2 * (h - f) ** 2 / (2 * (h + wd))
         move = (g / (1 - b1**t if debias else 1) + wd * m) / (h + wd)
@@ -60,8 +77,9 @@ def _trajectory(optimizer, x, noise, gradient, dtype):
     for _ in noise:
         grad = gradient(_numpy(variable)).astype(dtype)
         optimizer.apply([ops.convert_to_tensor(grad)])
-        state = optimizer._means, optimizer._momenta, optimizer._hessians
-        yield np.concatenate([_numpy(s[0]) for s in state])
+        mean, _ = optimizer.posterior(variable)
+        rest = optimizer.momentum(variable), optimizer.hessian(variable)
+        yield np.concatenate([mean, *rest])
 
 
 @pytest.mark.skipif(not GOLDEN, reason="needs KERAS_SPECTRAL_GOLDEN")
@@ -98,11 +116,15 @@ def test_golden_steps(dtype, atol):
         {"clip_radius": 0.05},
         {"debias": False},
         {"rescale_lr": False, "learning_rate": 0.03},
+        {"hess_approx": "gradsq", "beta_2": 0.9},
+        {"mc_samples": 3, "beta_2": 0.9},
+        {"mc_samples": 2, "hess_approx": "gradsq", "beta_2": 0.9},
     ],
 )
 def test_equals_its_formula(options):
     rng = np.random.default_rng(0)
-    x, noise = rng.normal(size=5), rng.normal(size=(4, 5))
+    samples = options.get("mc_samples", 1)
+    x, noise = rng.normal(size=5), rng.normal(size=(4 * samples, 5))
     matrix = rng.normal(size=(5, 5))
     settings = {
         "learning_rate": 0.1,
@@ -114,6 +136,8 @@ def test_equals_its_formula(options):
         "clip_radius": np.inf,
         "rescale_lr": True,
         "debias": True,
+        "hess_approx": "price",
+        "mc_samples": 1,
         **options,
     }
 
@@ -123,9 +147,10 @@ def test_equals_its_formula(options):
     with _precision("float64"):
         expected = _oracle(x, noise, gradient, *settings.values())
         optimizer = IVON(**settings)
-        steps = _trajectory(optimizer, x, noise, gradient, "float64")
-        for got, wanted in zip(steps, expected, strict=True):
+        steps = list(_trajectory(optimizer, x, noise, gradient, "float64"))
+        for got, wanted in zip(steps[samples - 1 :: samples], expected):
             np.testing.assert_allclose(got, wanted, atol=1e-12)
+        assert int(optimizer.iterations) == len(steps) / samples == 4
 
 
 def _model(**options):
@@ -191,8 +216,19 @@ def test_posterior_and_mean():
     with model.optimizer.mean():
         np.testing.assert_array_equal(_numpy(kernel), mean)
     np.testing.assert_array_equal(_numpy(kernel), sample)
+    np.testing.assert_array_equal(model.optimizer.momentum(kernel), 0)
+    np.testing.assert_array_equal(model.optimizer.hessian(kernel), 0.5)
+
+
+@pytest.mark.parametrize("name", ["posterior", "momentum", "hessian"])
+def test_states_are_those_of_known_variables(name):
+    model = _model()
+    read = getattr(model.optimizer, name)
+    with pytest.raises(ValueError, match="no posterior yet"):
+        read(model.get_layer("hidden").kernel)
+    model.optimizer.build(model.trainable_variables)
     with pytest.raises(ValueError, match="Unknown variable"):
-        model.optimizer.posterior(keras.Variable([1.0]))
+        read(keras.Variable([1.0]))
 
 
 def test_predictions_are_averaged_over_samples():
@@ -261,6 +297,68 @@ def test_accumulated_gradients_count_as_one_step():
     assert np.isfinite(results[1]).all()
 
 
+def test_several_samples_make_one_step():
+    model = _model(mc_samples=2, learning_rate=0.05)
+    model.fit(*_data(), batch_size=8, epochs=3, shuffle=False, verbose=0)
+    assert int(model.optimizer.iterations) == 6
+    kernel = model.get_layer("hidden").kernel
+    mean, _ = model.optimizer.posterior(kernel)
+    before = _numpy(kernel)
+    assert np.abs(before - mean).max() > 1e-3
+    x, y = _data(8)
+    model.fit(x, y, batch_size=8, verbose=0)
+    # Half a step: another sample of the same posterior.
+    np.testing.assert_array_equal(model.optimizer.posterior(kernel)[0], mean)
+    assert np.abs(_numpy(kernel) - before).max() > 1e-3
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert np.abs(model.optimizer.posterior(kernel)[0] - mean).max() > 1e-5
+
+
+def test_under_a_scaled_loss_the_step_is_the_same():
+    rng = np.random.default_rng(0)
+    start, gradient = rng.normal(size=(2, 4)).astype("float32")
+    ends = []
+    for scaled in (False, True):
+        inner = IVON(0.1, ess=50, seed=3)
+        optimizer = inner
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(inner, 4.0)
+        variable = keras.Variable(start)
+        optimizer.build([variable])
+        for _ in range(3):
+            scale = 4.0 if scaled else 1.0
+            optimizer.apply([ops.convert_to_tensor(scale * gradient)])
+        ends.append([_numpy(v) for v in [variable, *inner.variables]])
+    for plain, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(plain, other, rtol=1e-6)
+    before = [_numpy(v) for v in [variable, *inner.variables]]
+    optimizer.apply([ops.convert_to_tensor(np.inf * gradient)])
+    for value, other in zip(before, [variable, *inner.variables]):
+        np.testing.assert_array_equal(value, _numpy(other))
+    assert float(optimizer.dynamic_scale) == 2.0
+
+
+def test_within_a_scaled_loss():
+    x, y = _data()
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(1, dtype="mixed_float16")]
+    )
+    model.dtype_policy = keras.DTypePolicy("mixed_float16")
+    model.compile(IVON(0.1, ess=64), "mse")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    model.fit(x, y, verbose=0, callbacks=[ks.callbacks.MeanWeights()])
+    inner, kernel = model.optimizer.inner_optimizer, model.layers[0].kernel
+    # The scale of the start overflows: nothing was trained so far.
+    with pytest.raises(ValueError, match="trained none of its weights"):
+        ks.optimizers.predict_mean(model, x)
+    model.optimizer.dynamic_scale.assign(8.0)
+    model.fit(x, y, verbose=0, callbacks=[ks.callbacks.MeanWeights()])
+    mean, deviation = inner.posterior(kernel)
+    np.testing.assert_array_equal(_numpy(kernel), mean)
+    got = ks.optimizers.predict_mean(model, x, samples=2)
+    assert got.shape == y.shape and np.isfinite(got).all()
+
+
 def test_schedules_and_mixed_precision():
     keras.utils.set_random_seed(0)
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 20)
@@ -281,11 +379,39 @@ def test_schedules_and_mixed_precision():
         ({"beta_2": -0.1}, "beta_2=-0.1"),
         ({"weight_decay": -1}, "weight_decay=-1"),
         ({"clip_radius": 0}, "clip_radius=0"),
+        ({"clip_radius": np.nan}, "clip_radius=nan"),
+        ({"learning_rate": np.nan}, "learning_rate=nan"),
+        ({"learning_rate": np.inf}, "learning_rate=inf"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1"),
+        ({"learning_rate": True}, "learning_rate=True"),
+        ({"learning_rate": "fast"}, "learning_rate='fast'"),
+        ({"ess": True}, "ess=True"),
+        ({"ess": np.inf}, "ess=inf"),
+        ({"ess": "10"}, "ess='10'"),
+        ({"hess_init": np.nan}, "hess_init=nan"),
+        ({"rescale_lr": "no"}, "rescale_lr='no'"),
+        ({"debias": 1}, "debias=1"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"hess_approx": "newton"}, "hess_approx='newton'"),
+        ({"mc_samples": 0}, "mc_samples=0"),
+        ({"mc_samples": 1.5}, "mc_samples=1.5"),
+        ({"mc_samples": 2, "gradient_accumulation_steps": 2}, "one of them"),
+        ({"use_ema": True}, "use_ema=True"),
     ],
 )
 def test_bad_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         IVON(**options)
+
+
+def test_all_weights_have_the_prior():
+    with pytest.raises(ValueError, match="precision of the prior"):
+        IVON(0.1).exclude_from_weight_decay(var_names=["bias"])
+
+
+def test_whole_numbers_are_rates_too():
+    assert float(IVON(2).learning_rate) == 2.0
+    assert float(IVON(np.float32(0.5)).learning_rate) == 0.5
 
 
 def test_mean_weights_around_validation_and_checkpoints(tmp_path):
