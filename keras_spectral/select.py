@@ -75,7 +75,9 @@ def adaptable(
     candidates: list[Place], adapter: type[AdapterLayer] = AdapterLayer
 ) -> list[Place]:
     """The places whose layers an adapter class fits."""
-    return [p for p in candidates if _fits(adapter, subject(p.layer))]
+    fitting = [p for p in candidates if _fits(adapter, subject(p.layer))]
+    # Some models hold layers that they never build nor call.
+    return [p for p in fitting if subject(p.layer).built] or fitting
 
 
 def chosen_by_presets(
@@ -250,6 +252,8 @@ def _by_class(target, layer):
 def _fits(adapter, layer):
     try:
         adapter.check_base(layer)
+        if layer.built:
+            adapter.view_of(layer)
     except ValueError:
         return False
     return True

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_spectral as ks
 from keras_spectral.kernels import kernel_view
 
 CASES = pytest.mark.parametrize(
@@ -114,3 +115,57 @@ def test_layers_without_a_view_say_why():
     with_lora.build((None, 4))
     with pytest.raises(ValueError, match="Keras's own LoRA"):
         kernel_view(with_lora)
+
+
+# JAX has no float64 unless it is switched on.
+WIDE = "float32" if keras.backend.backend() == "jax" else "float64"
+
+
+def _wide_model(case):
+    plain = case.make()
+    layer = type(plain).from_config(
+        {**plain.get_config(), "dtype": WIDE, "name": "base"}
+    )
+    x = case.inputs()
+    x = x if case.tokens else x.astype(WIDE)
+    inputs = keras.Input(x.shape[1:], dtype=str(x.dtype))
+    return keras.Sequential([inputs, layer]), x
+
+
+WIDE_CASES = pytest.mark.parametrize(
+    "case",
+    layer_cases.named("conv_2d_groups", "conv_transpose"),
+    ids=lambda case: case.name,
+)
+
+
+@WIDE_CASES
+def test_convolutions_of_float64_are_adapted(case):
+    model, x = _wide_model(case)
+    plain = ops.convert_to_numpy(model(x))
+    ks.wrap_model(model, "lora", target="base", rank=2)
+    start = ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(start, plain, atol=1e-5)
+    rng = np.random.default_rng(1)
+    for weight in model.trainable_weights:
+        weight.assign(weight + rng.normal(0, 0.1, weight.shape))
+    adapted = ops.convert_to_numpy(model(x))
+    assert np.abs(adapted - plain).max() > 1e-4
+    layer = model.layers[0]
+    name = kernel_view(layer.layer).kernel_name
+    effective = ops.convert_to_numpy(getattr(layer, name))
+    ks.merge_model(model)
+    np.testing.assert_allclose(
+        getattr(layer.layer, name).numpy(), effective, atol=1e-6
+    )
+    merged = ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(merged, adapted, atol=1e-5)
+    assert kernel_view(model.layers[0]).variable().dtype == WIDE
+
+
+@WIDE_CASES
+def test_convolutions_of_float64_are_compressed(case):
+    model, x = _wide_model(case)
+    small = ks.compress_model(model, max_error=0.9, target="base")
+    assert {weight.dtype for weight in small.weights} == {WIDE}
+    assert small(x).shape == model(x).shape

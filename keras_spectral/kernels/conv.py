@@ -66,7 +66,8 @@ class ConvView(KernelView):
     def to_matrix(self, kernel):
         groups = self.groups
         kernel = ops.reshape(kernel, (self.n_in // groups, groups, -1))
-        matrix = ops.einsum("ngo,gh->gnho", kernel, ops.eye(groups))
+        eye = ops.eye(groups, dtype=kernel.dtype)
+        matrix = ops.einsum("ngo,gh->gnho", kernel, eye)
         return ops.reshape(matrix, (self.n_in, self.n_out))
 
     def from_matrix(self, matrix):
@@ -83,7 +84,8 @@ class ConvView(KernelView):
         """The diagonal blocks (groups, n_in / groups, n_out / groups)."""
         groups = self.groups
         blocks = ops.reshape(matrix, (groups, self.n_in // groups, groups, -1))
-        return ops.einsum("gnho,gh->gno", blocks, ops.eye(groups))
+        eye = ops.eye(groups, dtype=blocks.dtype)
+        return ops.einsum("gnho,gh->gno", blocks, eye)
 
     def _side_to_try(self):
         layer = self.layer
@@ -214,8 +216,10 @@ class ConvTransposeView(ConvView):
     def up(self, codes, b):
         layer = self.layer
         kernel = ops.reshape(b, (b.shape[0], *layer.kernel.shape[:-1]))
+        # On PyTorch Keras's products of float64 are float32.
+        codes = ops.cast(self._channels_back(codes), kernel.dtype)
         return ops.conv_transpose(
-            self._channels_back(codes),
+            codes,
             ops.moveaxis(kernel, 0, -1),
             strides=list(layer.strides),
             padding=layer.padding,

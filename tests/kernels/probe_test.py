@@ -301,3 +301,47 @@ def test_a_trial_within_a_trace():
                 model.fit(*data, verbose=0)
         else:
             model.fit(*data, verbose=0)
+
+
+@pytest.mark.parametrize("target", ["all", lambda layer: True])
+def test_what_is_refused_does_not_fit(target):
+    model = _model(OTHER["call"]())
+    ks.wrap_model(model, "lora", target=target, rank=2)
+    first, last = model.layers
+    assert type(first) is Standardised and isinstance(last, ks.LoRADense)
+
+
+def test_what_is_refused_stays_as_it_is_in_a_compressed_model():
+    other = OTHER["call"]()
+    inputs = [keras.Input((16,)), other]
+    model = keras.Sequential([*inputs, layers.Dense(24, name="last")])
+    small = ks.compress_model(model, 0.5)
+    first, last = small.layers
+    assert type(first) is Standardised and isinstance(last, ks.LowRank)
+    x = np.ones((2, 16), "float32")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(first(x)),
+        ops.convert_to_numpy(other(x)),
+        atol=1e-6,
+    )
+
+
+def test_what_is_not_built_does_not_fit():
+    class Half(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used = layers.Dense(8, name="used")
+            self.unused = layers.Dense(8, name="unused")
+
+        def build(self, input_shape):
+            self.used.build(input_shape)
+            self.built = True
+
+        def call(self, x):
+            return self.used(x)
+
+    model = Half()
+    model(np.ones((2, 16), "float32"))
+    ks.wrap_model(model, "lora", target=lambda layer: True, rank=2)
+    assert isinstance(model.used, ks.LoRADense)
+    assert type(model.unused) is layers.Dense and not model.unused.built
