@@ -304,7 +304,7 @@ assert gap < 1e-4
 bounded = ks.compress_model(model, max_error=0.7, method="energy")
 report = ks.compression_report(bounded, quiet)
 print(f"{1 - report.weights[1] / report.weights[0]:.0%} removed")
-assert max(layer.error for layer in report.layers) <= 0.7 + 1e-4
+assert max(layer.bound for layer in report.layers) <= 0.7 + 1e-4
 
 # %% [markdown]
 # ### Solution 2
