@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
 
@@ -32,7 +33,11 @@ def renewed(
             place: an exclusion of the old one holds for the new one too.
     """
     replaced = list(replaced)
-    config = optimizer.get_config()
+    with warnings.catch_warnings():
+        # The function itself is handed over below, nothing is written.
+        lambdas = "The object being serialized includes a `lambda`"
+        warnings.filterwarnings("ignore", lambdas)
+        config = optimizer.get_config()
     kind = type(optimizer)
     if hasattr(optimizer, "inner_optimizer"):
         inner = renewed(optimizer.inner_optimizer, replaced)
