@@ -1,6 +1,7 @@
 """Training a compressed model towards the one it was made from."""
 
 import keras
+from keras import ops
 
 from keras_spectral.checks import check_number
 
@@ -10,29 +11,34 @@ def distiller(
     original: keras.Model,
     temperature: float = 2.0,
     label_weight: float = 0.5,
-) -> keras.Model:
+) -> "Distiller":
     """A model whose `fit` teaches a compressed model its original's outputs.
 
     The loss is `label_weight` times that of `compile` and the rest times
     `T^2 KL(softmax(z / T) || softmax(z' / T))`, with the logits z of the
-    original and z' of the compressed model, at temperature T. Compile it and
-    fit it as any model; the compressed one is trained in place.
+    original and z' of the compressed model, at temperature T, and what the
+    compressed model's own layers add. Compile it, fit and evaluate it as any
+    model; the compressed one is trained in place. Sample weights, class
+    weights and masks count in both parts. With `label_weight=0` it needs
+    neither labels nor a loss: `compile("adam")`, `fit(x)`.
 
-    Source: Hinton et al. 2015, arXiv 1503.02531, by Keras's own
-    `keras.distillation`.
+    Source: Hinton et al. 2015, arXiv 1503.02531.
 
     Args:
-        small: What `compress_model` returned.
-        original: The model it was made from. It is frozen: its weights stay,
-            and its `trainable` becomes False.
+        small: What `compress_model` returned, with one output, of logits.
+        original: The model it was made from. It stays as it is, its
+            `trainable` flags too.
         temperature: T, above 0; a higher one softens the original's outputs.
         label_weight: Weight of the labels' own loss, 0 to below 1.
 
     Returns:
-        A `keras.distillation.Distiller`.
+        A model with the attributes `small` and `original`, whose logs have
+        `loss`, `distillation_loss` and, with labels, `label_loss`.
 
     Raises:
-        ValueError: A bad option, or this Keras has no `keras.distillation`.
+        ValueError: A bad option; both are one model, or train weights that
+            they share; outputs of other shapes, or several. In `fit`: no
+            labels, or no loss, where they count.
 
     Example:
 
@@ -48,17 +54,148 @@ def distiller(
     >>> data = keras.ops.ones((8, 32)), keras.ops.ones((8,), "int32")
     >>> history = teacher.fit(*data, verbose=0)
     """
-    check_number(temperature, "temperature", 1e-6)
-    check_number(label_weight, "label_weight", 0, 1)
-    if not hasattr(keras, "distillation"):
+    return Distiller(small, original, temperature, label_weight)
+
+
+@keras.saving.register_keras_serializable("keras_spectral")
+class Distiller(keras.Model):
+    """What `distiller` makes; see there."""
+
+    def __init__(
+        self, small, original, temperature=2.0, label_weight=0.5, **kwargs
+    ):
+        super().__init__(**{"name": "distiller", **kwargs})
+        check_number(temperature, "temperature", 1e-6)
+        check_number(label_weight, "label_weight", 0, 1)
+        _check_pair(small, original)
+        self.small = small
+        self.original = original
+        self.temperature = temperature
+        self.label_weight = label_weight
+        self.divergence = Divergence(temperature)
+        self.distillation_tracker = keras.metrics.Mean("distillation_loss")
+        if label_weight:
+            self.label_tracker = keras.metrics.Mean("label_loss")
+
+    def build(self, input_shape=None):
+        self.built = True
+
+    def call(self, inputs, training=None):
+        return self.small(inputs, training=training)
+
+    @property
+    def trainable_variables(self):
+        return self.small.trainable_variables
+
+    @property
+    def non_trainable_variables(self):
+        trained = {id(v) for v in self.trainable_variables}
+        return [v for v in self.variables if id(v) not in trained]
+
+    @property
+    def trainable_weights(self):
+        return self.small.trainable_weights
+
+    @property
+    def non_trainable_weights(self):
+        trained = {id(v) for v in self.trainable_weights}
+        return [v for v in self.weights if id(v) not in trained]
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        _check_output(self.small, y_pred)
+        own = sum(ops.sum(loss) for loss in self.losses)
+        labels = 0.0
+        if self.label_weight:
+            self._check_labels(y)
+            labels = super().compute_loss(x, y, y_pred, sample_weight, training)
+            labels = labels - own
+            self.label_tracker.update_state(labels)
+        wanted = ops.stop_gradient(self.original(x, training=False))
+        distilled = self.divergence(wanted, y_pred, sample_weight)
+        self.distillation_tracker.update_state(distilled)
+        weight = self.label_weight
+        return weight * labels + (1 - weight) * distilled + own
+
+    def _check_labels(self, y):
+        if y is None or self.loss is None:
+            lack = (
+                "data without labels" if y is None else "no loss in `compile`"
+            )
+            raise ValueError(
+                f"Received {lack}, with label_weight={self.label_weight}. "
+                "Expected labels and their loss, or "
+                "distiller(..., label_weight=0), which needs neither."
+            )
+
+    def get_config(self):
+        save = keras.saving.serialize_keras_object
+        return {
+            "name": self.name,
+            "small": save(self.small),
+            "original": save(self.original),
+            "temperature": self.temperature,
+            "label_weight": self.label_weight,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        load = keras.saving.deserialize_keras_object
+        models = {n: load(config[n]) for n in ("small", "original")}
+        return cls(**{**config, **models})
+
+
+class Divergence(keras.losses.Loss):
+    """`T^2 KL(softmax(y_true / T) || softmax(y_pred / T))` of logits."""
+
+    def __init__(self, temperature):
+        super().__init__(name="divergence")
+        self.temperature = temperature
+
+    def call(self, y_true, y_pred):
+        wanted = ops.log_softmax(y_true / self.temperature)
+        got = ops.log_softmax(y_pred / self.temperature)
+        gaps = ops.exp(wanted) * (wanted - got)
+        return self.temperature**2 * ops.sum(gaps, axis=-1)
+
+
+def _check_pair(small, original):
+    for model in (small, original):
+        if not isinstance(model, keras.Model):
+            raise ValueError(
+                f"Received a {type(model).__name__}. Expected two Keras "
+                "models, the compressed one and its original."
+            )
+    kept = {id(v) for v in original.variables}
+    shared = [v.path for v in small.trainable_variables if id(v) in kept]
+    if small is original or shared:
         raise ValueError(
-            f"Keras {keras.__version__} has no `keras.distillation`. Expected "
-            "a newer one, or train the compressed model on labels alone."
+            "Received models that train weights they share"
+            f" ({', '.join(shared[:4])}). Expected a compressed model with "
+            "weights of its own, such as `compress_model` returns."
         )
-    # Given by name, Keras 3.15 feeds the divergence logits for shares.
-    loss = keras.distillation.LogitsDistillation(
-        temperature, keras.losses.KLDivergence()
-    )
-    return keras.distillation.Distiller(
-        original, small, loss, student_loss_weight=label_weight
-    )
+    shapes = [_output_shape(model) for model in (small, original)]
+    if None not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The outputs have shapes {shapes[0]} and {shapes[1]}. Expected "
+            "the same logits of both models."
+        )
+
+
+def _output_shape(model):
+    """The shape of a model's one output, None where it is not known yet."""
+    outputs = getattr(model, "outputs", None)
+    if not outputs:
+        return None
+    _check_output(model, outputs[0] if len(outputs) == 1 else outputs)
+    return tuple(outputs[0].shape)
+
+
+def _check_output(model, output):
+    if not hasattr(output, "shape"):
+        raise ValueError(
+            f"Model '{model.name}' returns a {type(output).__name__}. Expected "
+            "one tensor of logits; keras.Model(model.inputs, output) is a "
+            "model with a single output."
+        )
