@@ -81,7 +81,17 @@ class Distiller(keras.Model):
         self.built = True
 
     def call(self, inputs, training=None):
-        return self.small(inputs, training=training)
+        outputs = self.small(inputs, training=training)
+        _check_output(self.small, outputs)
+        return outputs
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        self._check_data(x, y)
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        self._check_data(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
 
     @property
     def trainable_variables(self):
@@ -104,11 +114,11 @@ class Distiller(keras.Model):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        _check_output(self.small, y_pred)
         own = sum(ops.sum(loss) for loss in self.losses)
         labels = 0.0
         if self.label_weight:
-            self._check_labels(y)
+            if y is None:  # of a data set
+                self._refuse("data without labels")
             labels = super().compute_loss(x, y, y_pred, sample_weight, training)
             labels = labels - own
             self.label_tracker.update_state(labels)
@@ -118,16 +128,22 @@ class Distiller(keras.Model):
         weight = self.label_weight
         return weight * labels + (1 - weight) * distilled + own
 
-    def _check_labels(self, y):
-        if y is None or self.loss is None:
-            lack = (
-                "data without labels" if y is None else "no loss in `compile`"
-            )
-            raise ValueError(
-                f"Received {lack}, with label_weight={self.label_weight}. "
-                "Expected labels and their loss, or "
-                "distiller(..., label_weight=0), which needs neither."
-            )
+    def _check_data(self, x, y):
+        """Before Keras begins: on JAX an error in a step costs the weights."""
+        if not self.label_weight:
+            return
+        if self.loss is None:
+            self._refuse("no loss in `compile`")
+        arrays = all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x))
+        if y is None and x is not None and arrays:
+            self._refuse("data without labels")
+
+    def _refuse(self, received):
+        raise ValueError(
+            f"Received {received}, with label_weight={self.label_weight}. "
+            "Expected labels and their loss, or "
+            "distiller(..., label_weight=0), which needs neither."
+        )
 
     def get_config(self):
         save = keras.saving.serialize_keras_object

@@ -171,6 +171,12 @@ def test_labels_without_a_loss_or_a_loss_without_labels():
     teacher.compile("sgd", LOSS)
     with pytest.raises(ValueError, match="without labels"):
         teacher.fit(x, verbose=0)
+    with pytest.raises(ValueError, match="without labels"):
+        teacher.evaluate([x], verbose=0)
+    teacher.fit(x, y, verbose=0)  # an error costs nothing
+    batches = ((x, None) for _ in range(1))
+    with pytest.raises(ValueError, match="without labels"):
+        teacher.fit(batches, verbose=0)
 
 
 def test_models_that_do_not_fit_raise():

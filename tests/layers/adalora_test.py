@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from variants import Variant
 from variants import lora_size
 
 import keras_spectral as ks
+from keras_spectral.layers import adalora
 from keras_spectral.wrap import adapter_places
 
 
@@ -127,3 +130,22 @@ def test_bad_options_raise(options, message):
     embedding = keras.layers.Embedding(4, 3)
     with pytest.raises(ValueError, match="cannot be dropped"):
         ks.AdaLoRADense(embedding, dropout=0.1)
+
+
+def test_warns_once_if_no_budget_takes_triplets_away(monkeypatch):
+    monkeypatch.setattr(adalora, "_WARNED", [])
+    model = _model()
+    model.compile("sgd", "mse")
+    y = np.zeros((4, 5), "float32")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*without RankBudget")
+        model.predict(X, verbose=0)
+        budget = ks.callbacks.RankBudget(1, warmup=0, final=0, interval=1)
+        model.fit(X, y, epochs=2, verbose=0, callbacks=[budget])
+    with pytest.warns(UserWarning, match="'first' trains without RankBudget"):
+        model.fit(X, y, verbose=0)
+    other = _model()
+    other.compile("sgd", "mse")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*without RankBudget")
+        other.fit(X, y, verbose=0)
