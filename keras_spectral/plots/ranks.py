@@ -9,7 +9,7 @@ import numpy as np
 from keras_spectral.checks import check_model
 from keras_spectral.checks import check_rank
 from keras_spectral.checks import is_whole
-from keras_spectral.optimizers import IVON
+from keras_spectral.optimizers.predict import ivon_of
 from keras_spectral.plots.axes import new_axes
 from keras_spectral.plots.axes import short_paths
 
@@ -105,12 +105,7 @@ def plot_posterior(model: keras.Model, bins: int = 40, ax=None):
     """
     check_model(model)
     check_rank(bins, "bins")
-    optimizer = getattr(model, "optimizer", None)
-    if not isinstance(optimizer, IVON):
-        raise ValueError(
-            f"Model '{model.name}' is compiled with "
-            f"{type(optimizer).__name__}. Expected IVON."
-        )
+    optimizer = ivon_of(model)
     variables = model.trainable_variables
     widths = [optimizer.posterior(v)[1].ravel() for v in variables]
     low, high = min(map(np.min, widths)), max(map(np.max, widths))

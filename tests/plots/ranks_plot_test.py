@@ -25,11 +25,15 @@ def test_map_is_layers_by_projections():
     ]
 
 
-def test_posterior_has_a_histogram_for_each_variable():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_posterior_has_a_histogram_for_each_variable(scaled):
     model = keras.Sequential(
         [keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)]
     )
-    model.compile(ks.optimizers.IVON(0.1, ess=100), "mse")
+    optimizer = ks.optimizers.IVON(0.1, ess=100)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, 2.0)
+    model.compile(optimizer, "mse")
     with pytest.raises(ValueError, match="no posterior yet"):
         ks.plots.plot_posterior(model)
     model.fit(np.ones((8, 3)), np.ones((8, 1)), verbose=0)
