@@ -23,11 +23,12 @@ class Adapted:
 
     @property
     def trainable(self):
-        return keras.layers.Layer.trainable.fget(self)
+        return super().trainable
 
     @trainable.setter
     def trainable(self, value):
-        keras.layers.Layer.trainable.fset(self, value)
+        # What a class of one's own does there is done as well.
+        plain_class(self).trainable.fset(self, value)
         if value:
             refreeze(self)
 

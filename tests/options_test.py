@@ -72,8 +72,9 @@ def test_an_adapter_larger_than_its_base_warns_once():
 def test_an_adapter_that_is_smaller_or_tiny_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ks.wrap_model(_model(64), "lora", target="all", rank=32)
-        ks.wrap_model(_model(8), "lora", target="all", rank=8)
+        for size, rank in ((64, 32), (8, 8)):
+            model = ks.wrap_model(_model(size), "lora", "all", rank=rank)
+            assert model.trainable_weights
 
 
 def test_a_model_stays_plain_if_the_warning_is_an_error():

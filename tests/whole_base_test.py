@@ -331,8 +331,12 @@ def test_wrapped_outside_of_its_strategys_scope():
         model = _mlp()
         model.compile("sgd", "mse")
     ks.wrap_model(model, "lora", target="hidden", rank=2)
+    before = model.get_layer("hidden").lora_b.numpy()
     model.fit(_x(8, 16), np.ones((8, 4)), verbose=0)
+    adapted = _out(model)
+    assert np.abs(model.get_layer("hidden").lora_b.numpy() - before).max() > 0
     ks.merge_model(model)
+    np.testing.assert_allclose(_out(model), adapted, atol=1e-5)
 
 
 def _classifier():

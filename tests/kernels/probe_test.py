@@ -205,7 +205,7 @@ def test_plain_layers_are_trusted_without_a_trial(case, monkeypatch):
     named = type("Named", (type(plain),), {"__doc__": "Another name."})
     for layer in (plain, named.from_config(plain.get_config())):
         layer(case.inputs())
-        kernel_view(layer)
+        assert kernel_view(layer).layer is layer
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float64"])

@@ -113,6 +113,11 @@ def test_rounding_does_not_warn(path, dtype, saved_small):
         one, two = two, one
     _saved(path, "lora", model=one, initializer="pissa")
     ks.load_adapters(two, path)
+    for name in ("hidden", "query"):
+        np.testing.assert_array_equal(
+            two.get_layer(name).start_a.numpy(),
+            one.get_layer(name).start_a.numpy(),
+        )
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -148,13 +153,20 @@ def test_rows_of_a_kernel(kind, mode):
     np.testing.assert_allclose(rows, whole[[0, 3, 7]], atol=1e-6)
 
 
+def _values(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["values"])
+
+
 def test_a_kernel_is_not_read_whole(path, monkeypatch):
     model = _model()
     model.quantize("int8")
     kind = type(kernel_view(model.get_layer("hidden")))
     _saved(path, model=model)
     monkeypatch.setattr(kind, "matrix", None)
+    before = _values(path)
     ks.save_adapters(model, path)
+    assert _values(path) == before and before["kernels"]
 
 
 def test_files_of_version_0_1_load(path):
