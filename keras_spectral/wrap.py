@@ -367,7 +367,8 @@ def put(
         model: The model they are in.
         swaps: `{old layer: new layer}`.
         snapshot: Keeps what is changed.
-        renew: Whether built optimizers are replaced by fresh ones.
+        renew: Whether it is for good, so that built optimizers are replaced
+            by fresh ones.
     """
     owners = surgery.owners(model)
     above = surgery.models_above(owners, swaps)
@@ -376,7 +377,8 @@ def put(
     set_classes(configs)
     surgery.forget_compiled(above)
     surgery.remember(model)
-    for old, new in swaps.items():
+    # Out for a moment, hosts are still those of their bases.
+    for old, new in swaps.items() if renew else ():
         if isinstance(old, Host):
             _HOSTS.pop(old.layer, None)
         if isinstance(new, Host):

@@ -340,6 +340,8 @@ def test_a_second_model_that_was_not_named_cannot_be_wrapped_beside():
     model = _mlp()
     features = keras.Model(model.inputs, model.get_layer("second").output)
     ks.wrap_model(model, "lora", target="second", rank=2)
+    with pytest.raises(RuntimeError, match="stop"), ks.unwrapped(model):
+        raise RuntimeError("stop")
     with pytest.raises(ValueError, match="also="):
         ks.wrap_model(features, "lora", target="second", rank=2)
     ks.unwrap_model(model)
