@@ -147,9 +147,7 @@ class TrainedCopy(Host):
             name=variable.name,
             shape=variable.shape,
             dtype="float32" if is_small(dtype) else dtype,
-            initializer=lambda shape, dtype=None: keras.ops.cast(
-                keras.ops.copy(variable), dtype
-            ),
+            initializer=lambda shape, dtype=None: fresh(variable, dtype),
             trainable=trains,
             autocast=getattr(variable, "_autocast", True),
             regularizer=getattr(variable, "regularizer", None),
@@ -192,12 +190,17 @@ class TrainedCopy(Host):
     def take_base(self):
         """Gives the copies the base's own values."""
         for variable, copy in self._pairs:
-            copy.assign(keras.ops.cast(variable, copy.dtype))
+            copy.assign(fresh(variable, copy.dtype))
 
     def fold(self):
         """Writes what was trained into the base."""
         for variable, copy in self._pairs:
-            variable.assign(keras.ops.cast(copy, variable.dtype))
+            variable.assign(fresh(copy, variable.dtype))
+
+
+def fresh(variable, dtype):
+    """A variable's value in a buffer of its own, as JAX wants for each."""
+    return keras.ops.copy(keras.ops.cast(variable, dtype))
 
 
 def exchanged(value, mapping):
