@@ -79,8 +79,10 @@ def test_an_adapter_that_is_smaller_or_tiny_does_not_warn():
 
 def test_a_model_stays_plain_if_the_warning_is_an_error():
     model = _model(64)
-    with pytest.raises(UserWarning, match="more numbers"):
-        ks.wrap_model(model, "lora", target="all", rank=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="more numbers"):
+            ks.wrap_model(model, "lora", target="all", rank=64)
     assert type(model.layers[0]) is layers.Dense
     assert model.layers[0].trainable
 

@@ -135,6 +135,10 @@ def test_the_scale_that_a_loss_has_reached():
     assert fresh.inner_optimizer is not inner
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"),
+    reason="this Keras has no MultiOptimizer",
+)
 def test_many_optimizers_keep_their_table():
     decaying = OPTIMIZERS.SGD(0.1, weight_decay=0.5)
     decaying.exclude_from_weight_decay(var_names=["bias"])
