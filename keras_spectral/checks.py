@@ -9,6 +9,7 @@ import hashlib
 import math
 import numbers
 import os
+import re
 from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import keras
 
 _LAST_SEED = 2**31
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def check_rank(rank: Any, name: str = "rank") -> int:
@@ -26,6 +28,16 @@ def check_rank(rank: Any, name: str = "rank") -> int:
             "1, such as 8."
         )
     return int(rank)
+
+
+def check_adapter_name(name: Any) -> str:
+    """Raises unless `name` can name an adapter: in paths and in files."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"Received adapter={name!r}. Expected a name of letters, digits, "
+            "'_', '-' and '.', such as 'mrpc'."
+        )
+    return name
 
 
 def check_whole(

@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._internal.twin import twin
 from keras_spectral._internal.twin import without_ending
 from keras_spectral.linalg import nearest_pair
 
@@ -39,6 +40,24 @@ class KernelView:
     def bare(self) -> keras.layers.Layer:
         """A twin of the layer without activation, for one call."""
         return without_ending(self.layer)
+
+    def with_change(self, change) -> keras.layers.Layer:
+        """The same with a change, in the kernel's own shape, added to it."""
+        dtype = self.layer.compute_dtype
+        kernel = ops.cast(self.variable(), dtype) + ops.cast(change, dtype)
+        return twin(self.bare(), **self._kernel_as(kernel))
+
+    def linear(self, inputs, kernel):
+        """What the layer does with another kernel, and without a bias."""
+        kernel = ops.cast(kernel, self.layer.compute_dtype)
+        changes = {"bias": None, "use_bias": False}
+        layer = twin(self.bare(), **changes, **self._kernel_as(kernel))
+        return layer(inputs)
+
+    def _kernel_as(self, value):
+        """The attributes that hold the kernel, with another value."""
+        names = (self.kernel_name, f"_{self.kernel_name}")
+        return {name: value for name in names if name in vars(self.layer)}
 
     def matrix(self):
         """The kernel as a matrix, in float32 or, for such a base, float64.

@@ -10,8 +10,8 @@ from keras import ops
 from keras_spectral._backend import is_training
 from keras_spectral.checks import check_number
 from keras_spectral.checks import derived_seed
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import check_max_rank
 from keras_spectral.layers.lora import set_rank_and_alpha
 
@@ -45,7 +45,7 @@ class Loaded:
 
 
 @register_method("adalora")
-class AdaLoRADense(AdapterLayer):
+class AdaLoRADense(KernelAdapter):
     """Low-rank adaptation by triplets: `y = base(x) + s * x (A * E) B`.
 
     A (n_in x rank) and B (rank x n_out) start normal with deviation 0.02, E
@@ -137,13 +137,13 @@ class AdaLoRADense(AdapterLayer):
     def initial_scale(self):
         return self.alpha / (self.rank + _SMALL)
 
-    def call(self, inputs, training=None, **kwargs):
-        trains = is_training(training)
+    def factors_of_step(self, training):
+        trains = is_training(training) and self.trainable
         if trains and self.budget is None:
             _warn_once(self.name)
         if trains and self.orthogonality:
             self.add_loss(self.orthogonality * self.penalty())
-        return super().call(inputs, training=training, **kwargs)
+        return self.factors()
 
     def factors(self):
         return self.lora_a * self.lora_e, self.lora_b

@@ -10,16 +10,16 @@ from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
 from keras_spectral.checks import check_seed
 from keras_spectral.checks import derived_seed
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.gate_network import GateNetwork
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.spectral import add_triplets
 from keras_spectral.layers.spectral import check_columns_exist
 from keras_spectral.surgery import config_of_shared
 
 
 @register_method("conditional_spectral")
-class ConditionalSpectralDense(AdapterLayer):
+class ConditionalSpectralDense(KernelAdapter):
     """Spectral gates that open or close for each example.
 
     `y = base(x) + alpha * x U diag(S g) V^T` with the kernel's first r
@@ -83,6 +83,7 @@ class ConditionalSpectralDense(AdapterLayer):
 
     default_target = "all-linear"
     trains = "a shared net that gates directions by the input"
+    one_direction = True
     merges = False  # each example has a kernel of its own
 
     def __init__(
@@ -119,15 +120,6 @@ class ConditionalSpectralDense(AdapterLayer):
         self.seed_generator = keras.random.SeedGenerator(
             derived_seed(seed, "noise")
         )
-
-    @classmethod
-    def check_base(cls, layer):
-        super().check_base(layer)
-        if isinstance(layer, keras.layers.ReversibleEmbedding):
-            raise ValueError(
-                f"Layer '{layer.name}' is a ReversibleEmbedding. Expected a "
-                "layer that runs in one direction; use GatedSpectralDense."
-            )
 
     @classmethod
     def connect(cls, adapters):
@@ -188,20 +180,16 @@ class ConditionalSpectralDense(AdapterLayer):
     def initial_scale(self):
         return self.alpha
 
-    def call(self, inputs, training=None, mask=None, **kwargs):
-        outputs = self.view.bare()(inputs, **kwargs)
+    def change_of_outputs(self, inputs, outputs, training=None, mask=None):
         codes = self.view.down(inputs, ops.cast(self.u, self.compute_dtype))
         gates = self._gates(codes, mask, training)
-        strength = gates * (self.s * self.scale)
+        strength = gates * (self.s * self.amount)
+        strength = ops.where(ops.not_equal(self.amount, 0.0), strength, 0.0)
         middle = [1] * (len(codes.shape) - 2)
         strength = ops.reshape(strength, (-1, *middle, self.rank))
         codes = codes * ops.cast(strength, codes.dtype)
         v = ops.cast(ops.transpose(self.v), self.compute_dtype)
-        outputs = outputs + ops.cast(self.view.up(codes, v), outputs.dtype)
-        return self.finish(outputs)
-
-    def compute_output_spec(self, inputs, mask=None, **kwargs):
-        return super().compute_output_spec(inputs, **kwargs)
+        return self.view.up(codes, v)
 
     def _gates(self, codes, mask, training):
         """Gates (batch, rank) of codes (batch, ..., rank)."""
@@ -213,7 +201,7 @@ class ConditionalSpectralDense(AdapterLayer):
         )
         logits = self.network(ops.concatenate([context, embedding], axis=-1))
         gates = ops.cast(logits > 0, "float32")
-        if is_training(training):
+        if is_training(training) and self.trainable:
             gates = self._draw(logits)
             if self.l0:
                 opening = 1 - ops.exp(-ops.exp(logits))
@@ -264,7 +252,7 @@ class ConditionalSpectralDense(AdapterLayer):
         self.open_counts.assign(ops.zeros(self.rank))
         self.example_count.assign(0.0)
 
-    def factors(self):
+    def check_mergeable(self):
         raise ValueError(
             f"Layer '{self.name}' has no fixed correction and cannot be "
             "merged: its gates depend on the input, so each example has a "
@@ -272,11 +260,8 @@ class ConditionalSpectralDense(AdapterLayer):
             "`freeze_gates(model, dataset)`."
         )
 
-    def merged_matrix(self):
-        return self.factors()
-
     def delta_matrix(self):
-        """The mean correction over the examples seen since `reset_gates`."""
+        """The mean change over the examples seen since `reset_gates`."""
         strength = self.s * self.mean_gates() * self.scale
         return ops.matmul(self.u * strength, ops.transpose(self.v))
 

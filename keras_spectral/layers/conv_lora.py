@@ -5,8 +5,8 @@ from keras import ops
 
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import derived_seed
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import add_lora_factors
 from keras_spectral.layers.lora import lora_factors
 from keras_spectral.layers.lora import lora_scale
@@ -17,7 +17,7 @@ _CONVS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
 @register_method("conv_lora")
-class ConvLoRA(AdapterLayer):
+class ConvLoRA(KernelAdapter):
     """Low-rank adaptation of a convolution: `y = base(x) + s * D * x`.
 
     `factorization="channel"` makes the correction D a k x .. x k convolution
@@ -135,28 +135,16 @@ class ConvLoRA(AdapterLayer):
     def initial_scale(self):
         return lora_scale(self.rank, self.alpha, self.scaling)
 
-    def call(self, inputs, training=None):
-        if self.factorization == "channel":
-            return super().call(inputs, training=training)
-        kernel = ops.cast(self.layer.kernel, self.compute_dtype)
-        kernel = kernel + ops.cast(self._delta_kernel(), self.compute_dtype)
-        outputs = self.view.convolve(inputs, kernel)
-        bias = self.view.bias(outputs)
-        return self.finish(outputs if bias is None else outputs + bias)
+    @property
+    def forms_kernel(self):
+        return self.factorization == "loralib"
 
     def factors(self):
         return lora_factors(self)
 
-    def delta_matrix(self):
-        if self.factorization == "channel":
-            return super().delta_matrix()
-        return self.view.to_matrix(self._delta_kernel())
-
-    def _delta_kernel(self):
+    def kernel_change(self):
         size, _, c_in, c_out = self.layer.kernel.shape
         product = ops.matmul(self.lora_b * self.scale, self.lora_a)
-        on = ops.not_equal(self.scale, 0.0)  # NaN times 0 is NaN
-        product = ops.where(on, product, 0.0)
         return loralib_kernel(product, size, c_in, c_out)
 
 

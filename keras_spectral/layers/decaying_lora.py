@@ -12,8 +12,8 @@ from keras_spectral.checks import check_number
 from keras_spectral.checks import check_seed
 from keras_spectral.checks import check_whole
 from keras_spectral.checks import derived_seed
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import add_pair
 from keras_spectral.layers.lora import check_max_rank
 from keras_spectral.layers.lora import set_rank_and_alpha
@@ -23,7 +23,7 @@ _SMALLEST = 1e-3  # where an exponential decay to 0 is cut off
 
 
 @register_method("decaying_lora")
-class DecayingLoRA(AdapterLayer):
+class DecayingLoRA(KernelAdapter):
     """Weight transfer: `y = d(t) base(x) + (alpha / rank) x A B`.
 
     The factor d falls from 1 at `start_step` to `min_decay` at `end_step`,
@@ -90,6 +90,8 @@ class DecayingLoRA(AdapterLayer):
     """
 
     default_target = "all-linear"
+    one_direction = True
+    needs_outputs = True
     trains = "a thin pair that takes over while the kernel fades"
 
     def __init__(
@@ -125,15 +127,6 @@ class DecayingLoRA(AdapterLayer):
         self.decay_bias = check_flag(decay_bias, "decay_bias")
         self.seed = check_seed(seed)
 
-    @classmethod
-    def check_base(cls, layer):
-        super().check_base(layer)
-        if isinstance(layer, keras.layers.ReversibleEmbedding):
-            raise ValueError(
-                f"Layer '{layer.name}' is a ReversibleEmbedding. Expected a "
-                "layer that runs in one direction."
-            )
-
     def triplets_needed(self, view):
         return self.rank if self.initializer == "svd" else 0
 
@@ -161,23 +154,18 @@ class DecayingLoRA(AdapterLayer):
     def initial_scale(self):
         return self.alpha / self.rank
 
-    def call(self, inputs, training=None, **kwargs):
-        training = is_training(training)
+    def change(self, inputs, outputs, training=None, **kwargs):
+        training = is_training(training) and self.trainable
         decay = self._decay(training)
         if training:
             self.step.assign_add(1)
-        outputs = self.view.bare()(inputs, **kwargs)
-        factor = ops.cast(decay, outputs.dtype)
-        faded = outputs * factor
+        fading = outputs
         bias = self.view.bias(outputs)
         if bias is not None and not self.decay_bias:
-            faded = faded + bias * (1 - factor)
-        on = ops.not_equal(self.scale, 0.0)
-        pair = map(ops.convert_to_tensor, self._pair(decay))
-        pair = (ops.where(on, x, 0.0) for x in pair)
-        a, b = (ops.cast(x, self.compute_dtype) for x in pair)
-        delta = self.view.apply(inputs, a, b, **kwargs)
-        return self.finish(faded + ops.cast(delta, outputs.dtype), **kwargs)
+            fading = outputs - bias
+        a, b = (ops.cast(x, self.compute_dtype) for x in self._pair(decay))
+        pair = ops.cast(self.view.apply(inputs, a, b, **kwargs), outputs.dtype)
+        return pair - fading * ops.cast(1 - decay, outputs.dtype)
 
     def decay_factor(self) -> float:
         """What the original is multiplied by in the next training step."""
@@ -190,18 +178,11 @@ class DecayingLoRA(AdapterLayer):
         pair = ops.cast(ops.matmul(a, b), kernel.dtype)
         return pair - ops.cast(1 - decay, kernel.dtype) * kernel
 
-    def factors(self):
-        raise ValueError(
-            f"Layer '{self.name}' is a DecayingLoRA: what it changes is the "
-            "fading original itself, which has no low rank. Merge it instead."
-        )
-
-    def merge(self):
-        decay, lost = self._decay(False), super().merge()
+    def bias_change(self):
         bias = getattr(self.layer, "bias", None)
-        if self.decay_bias and bias is not None:
-            bias.assign(bias * decay)
-        return lost
+        if bias is None or not self.decay_bias:
+            return None
+        return bias * (self._decay(False) - 1)
 
     @property
     def _keeps_start(self):
@@ -227,8 +208,7 @@ class DecayingLoRA(AdapterLayer):
         decay = self._schedule()
         if not training:
             decay = decay * (1 - self.alone)
-        # A scale of 0 is how adapters are switched off: the base is whole.
-        return ops.where(ops.equal(self.scale, 0.0), 1.0, decay)
+        return decay
 
     def _start(self):
         view = self.view

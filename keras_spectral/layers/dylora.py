@@ -8,15 +8,15 @@ from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_rank
 from keras_spectral.checks import check_seed
 from keras_spectral.checks import derived_seed
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import add_pair
 from keras_spectral.layers.lora import check_max_rank
 from keras_spectral.layers.lora import set_rank_and_alpha
 
 
 @register_method("dylora")
-class DyLoRADense(AdapterLayer):
+class DyLoRADense(KernelAdapter):
     """Dynamic low-rank adapter: one training for every rank up to `rank`.
 
     `y = base(x) + (alpha / b) x A[:, :b] B[:b, :]`
@@ -88,10 +88,9 @@ class DyLoRADense(AdapterLayer):
     def initial_scale(self):
         return self.alpha
 
-    def delta(self, inputs, training=None, **kwargs):
-        drawn = self._draw() if is_training(training) else self.factors()
-        a, b = self.scaled(*drawn)
-        return self.view.apply(inputs, a, b, **kwargs)
+    def factors_of_step(self, training):
+        draws = is_training(training) and self.trainable
+        return self._draw() if draws else self.factors()
 
     def factors(self):
         return self._first(self.active)

@@ -5,14 +5,14 @@ from keras import ops
 
 from keras_spectral.checks import check_number
 from keras_spectral.checks import check_rank
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.spectral import add_triplets
 from keras_spectral.layers.spectral import check_columns_exist
 
 
 @register_method("gated_spectral")
-class GatedSpectralDense(AdapterLayer):
+class GatedSpectralDense(KernelAdapter):
     """Gated spectral adapter: stretches the kernel's leading directions.
 
     `K' = K + U_k diag(S_k g) V_k^T`, which is the kernel with its first k

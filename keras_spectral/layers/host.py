@@ -4,10 +4,6 @@ import functools
 
 import keras
 
-from keras_spectral import surgery
-from keras_spectral._internal.twin import twin
-from keras_spectral.checks import is_small
-
 
 class Host(keras.layers.Wrapper):
     """Stands in a layer's place; the layer inside (the base) stays whole.
@@ -16,6 +12,10 @@ class Host(keras.layers.Wrapper):
     other pieces (no activation, other weights) goes into a twin, so that
     whoever else holds the base gets the base. Attributes that a host lacks
     are the base's.
+
+    A host holds named members, which say how it differs from its base. Each
+    has an `adapter_name`, a strength (`adapter_strength`, a variable), and
+    says by `is_trained` whether it is among those that train.
 
     Args:
         layer: The base.
@@ -69,6 +69,19 @@ class Host(keras.layers.Wrapper):
         if self._keeps_frozen:
             self.freeze_base()
 
+    @property
+    def members(self) -> list[keras.layers.Layer]:
+        """What it adds to its base; an adapter by itself is its own member."""
+        raise NotImplementedError
+
+    def with_members(self, members: list) -> keras.layers.Layer:
+        """What stands in the base's place with other members.
+
+        The base itself without any; else a host, which `surgery` has yet to
+        put in place.
+        """
+        raise NotImplementedError
+
     def get_config(self):
         config = super().get_config()
         config.pop("activity_regularizer", None)
@@ -107,118 +120,6 @@ class Host(keras.layers.Wrapper):
     def forwarded(self, base, name):
         """The value of an attribute that only the base has."""
         return getattr(base, name)
-
-
-class TrainedCopy(Host):
-    """A layer that trains beside adapters: a copy of its weights trains.
-
-    The copy is float32 where the base has 16 bits, because steps of an
-    optimizer are too small for these; it runs in the base's compute dtype.
-    Dropping the host brings the base back as it was, `fold` gives the base
-    what was trained.
-
-    Args:
-        layer: The base, a built layer with weights of its own.
-        **kwargs: Keras layer arguments.
-    """
-
-    opens_base = True
-
-    def __init__(self, layer, **kwargs):
-        super().__init__(layer, **kwargs)
-        surgery.take_signature(self, layer)
-        self.trains = True  # False while a later wrap keeps it frozen
-        # Past Keras's trackers: the base's weights are no weights of its own.
-        vars(self)["_pairs"] = []
-
-    def build(self, input_shape=None):
-        super().build(input_shape)
-        base = self.layer
-        for trains, variables in (
-            (True, base._trainable_variables),
-            (False, base._non_trainable_variables),
-        ):
-            for variable in variables:
-                self._pairs.append((variable, self._copy(variable, trains)))
-
-    def _copy(self, variable, trains):
-        dtype = keras.backend.standardize_dtype(variable.dtype)
-        copy = self.add_weight(
-            name=variable.name,
-            shape=variable.shape,
-            dtype="float32" if is_small(dtype) else dtype,
-            initializer=lambda shape, dtype=None: fresh(variable, dtype),
-            trainable=trains,
-            autocast=getattr(variable, "_autocast", True),
-            regularizer=getattr(variable, "regularizer", None),
-            constraint=getattr(variable, "constraint", None),
-        )
-        # PyTorch's `zero_grad` finds weights by paths: no two may share one.
-        *above, layer, name = variable.path.split("/")
-        surgery.set_path(copy, "/".join([*above, "trained", layer, name]))
-        return copy
-
-    def freeze_base(self):
-        surgery.set_trainable(self.layer, False, False)
-
-    def call(self, *args, training=None, **kwargs):
-        if surgery.takes_training(self.layer):
-            kwargs["training"] = training
-        return self._trained()(*args, **kwargs)
-
-    def _trained(self):
-        """The base with the copies for weights."""
-        copies = {id(variable): copy for variable, copy in self._pairs}
-        changes = {
-            name: exchanged(value, copies)
-            for name, value in vars(self.layer).items()
-            if not name.startswith(("_trainable_v", "_non_trainable_v"))
-        }
-        changes["activity_regularizer"] = None
-        changes["_trainable"] = self.trainable
-        if is_small(self.layer.variable_dtype):
-            # Or the float32 copies would make float32 outputs.
-            policy = f"mixed_{self.layer.compute_dtype}"
-            changes["_dtype_policy"] = keras.DTypePolicy(policy)
-        return twin(self.layer, **changes)
-
-    def forwarded(self, base, name):
-        if not vars(self).get("_pairs"):
-            return getattr(base, name)
-        return getattr(self._trained(), name)
-
-    def take_base(self):
-        """Gives the copies the base's own values."""
-        for variable, copy in self._pairs:
-            copy.assign(fresh(variable, copy.dtype))
-
-    def fold(self):
-        """Writes what was trained into the base."""
-        for variable, copy in self._pairs:
-            variable.assign(fresh(copy, variable.dtype))
-
-
-def fresh(variable, dtype):
-    """A variable's value in a buffer of its own, as JAX wants for each."""
-    return keras.ops.copy(keras.ops.cast(variable, dtype))
-
-
-def exchanged(value, mapping):
-    """A value, or a plain container of values, with some exchanged."""
-    if id(value) in mapping:
-        return mapping[id(value)]
-    if isinstance(value, dict):
-        fresh = {k: exchanged(v, mapping) for k, v in value.items()}
-        same = all(fresh[k] is v for k, v in value.items())
-        return value if same else fresh
-    if isinstance(value, list | tuple):
-        items = [exchanged(item, mapping) for item in value]
-        if all(new is old for new, old in zip(items, value)):
-            return value
-        if hasattr(value, "_fields"):
-            return type(value)(*items)
-        return items if isinstance(value, list) else tuple(items)
-    return value
 
 
 def _float_policy(layer):

@@ -9,12 +9,12 @@ from keras_spectral.checks import check_alpha
 from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_rank
 from keras_spectral.checks import derived_seed
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 
 
 @register_method("lora")
-class LoRADense(AdapterLayer):
+class LoRADense(KernelAdapter):
     """Low-rank adaptation of a linear layer: `y = base(x) + s * x A B`.
 
     A (n_in x rank) starts uniform in +-sqrt(1/n_in), B (rank x n_out) starts

@@ -6,15 +6,15 @@ from keras_spectral.checks import check_choice
 from keras_spectral.checks import check_flag
 from keras_spectral.checks import check_rank
 from keras_spectral.checks import is_whole
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.linalg import cayley
 
 _DEFAULT_RANK = 8
 
 
 @register_method("spectral")
-class SpectralDense(AdapterLayer):
+class SpectralDense(KernelAdapter):
     """Spectral adapter: moves singular vectors or values of the kernel.
 
     With the kernel's thin SVD `K = U diag(S) V^T`, the chosen triplets
@@ -132,7 +132,7 @@ class SpectralDense(AdapterLayer):
             return self.u, change[:, None] * ops.transpose(self.v)
         if self.mode == "rotate":
             # TensorFlow cannot solve for NaN, not even to multiply it by 0.
-            on = ops.not_equal(self.scale, 0.0)
+            on = ops.not_equal(self.amount, 0.0)
             angles = map(ops.convert_to_tensor, (self.angles_u, self.angles_v))
             turn_u, turn_v = (cayley(ops.where(on, x, 0.0)) for x in angles)
             stretched = turn_u * (self.stretch * self.s)

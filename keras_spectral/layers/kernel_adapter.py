@@ -1,0 +1,326 @@
+"""Adapters of one linear layer: changes of its kernel."""
+
+import keras
+from keras import ops
+
+from keras_spectral._backend import is_training
+from keras_spectral._internal.twin import without_ending
+from keras_spectral.checks import check_number
+from keras_spectral.checks import check_seed
+from keras_spectral.checks import derived_seed
+from keras_spectral.checks import is_small
+from keras_spectral.kernels import kernel_view
+from keras_spectral.kernels import view_class_of
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.adapter import Stack
+from keras_spectral.layers.host import Host
+from keras_spectral.spectra import Triplets
+from keras_spectral.spectra import factorize
+
+
+class KernelHost(Host):
+    """Runs a linear layer with the changes of its members.
+
+    `y = finish(base(x) + sum of strength_n change_n(x, base(x)))` with the
+    base up to its activation, and for its matrix `K + sum of strength_n
+    (K'_n - K)`. Changes enter before the base's activation; their order does
+    not matter.
+    """
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        members = self.members
+        before = [m for m in members if m.changes_inputs]
+        # One run with a changed kernel, unless it has to see other inputs.
+        formed = [
+            m
+            for m in members
+            if m.forms_kernel and not before and m.rows is None
+        ]
+        changed = inputs
+        for member in before:
+            change = member.weighed(member.input_change(inputs))
+            changed = changed + ops.cast(change, inputs.dtype)
+        outputs = plain = self._base(formed)(changed, **kwargs)
+        if (before or formed) and any(m.needs_outputs for m in members):
+            plain = self._base()(inputs, **kwargs)
+        for member in members:
+            if member not in before and member not in formed:
+                change = member.change_of_outputs(
+                    inputs, plain, training=training, mask=mask, **kwargs
+                )
+                change = member.in_rows(ops.cast(change, outputs.dtype))
+                outputs = outputs + change
+        return self._finish(outputs, **kwargs)
+
+    def compute_output_spec(self, inputs, mask=None, **kwargs):
+        return super().compute_output_spec(inputs, **kwargs)
+
+    def _base(self, formed=()):
+        """The base without activation, some changes in its kernel."""
+        if not formed:
+            return without_ending(self.layer)
+        change = sum(m.amount_of(m.kernel_change()) for m in formed)
+        return self.view.with_change(change)
+
+    def _finish(self, outputs, reverse=False):
+        """What the base does to its output once the changes are in."""
+        cap = getattr(self.layer, "logit_soft_cap", None)
+        if reverse and cap is not None:
+            outputs = ops.tanh(outputs / cap) * cap
+        activation = getattr(self.layer, "activation", None)
+        return outputs if activation is None else activation(outputs)
+
+    def merged_matrix(self, members=None):
+        """Kernel plus changes as a float32 matrix (n_in x n_out).
+
+        Args:
+            members: Those that count; all by default.
+
+        Raises:
+            ValueError: It holds a NaN or an infinity, the base is quantised,
+                or a member is switched off or cannot be merged.
+        """
+        members = self.members if members is None else members
+        for member in members:
+            member.check_mergeable()
+            member.check_active()
+        self.view.check_assignable()
+        matrix = self.view.matrix()
+        total = matrix + ops.cast(_total(members), matrix.dtype)
+        if not ops.all(ops.isfinite(total)):
+            raise ValueError(
+                f"The merged kernel of layer '{self.name}' holds NaN or "
+                "infinite values, so nothing was merged. The training "
+                "probably diverged: load an earlier adapter file."
+            )
+        return total
+
+    def merge(self, members=None) -> float:
+        """Folds changes into the base's kernel and bias.
+
+        Returns:
+            The share of the change that a kernel of 16 bits could not take,
+            by the Frobenius norm.
+        """
+        members = self.members if members is None else members
+        matrix = self.merged_matrix(members)
+        bias = self.merged_bias(members)
+        change = _total(members)
+        self.view.assign(matrix)
+        if bias is not None:
+            self.layer.bias.assign(bias)
+        if not is_small(self.view.variable().dtype):
+            return 0.0
+        lost, size = ops.norm(self.view.matrix() - matrix), ops.norm(change)
+        lost = ops.convert_to_numpy(lost / ops.maximum(size, 1e-30))
+        return float(lost)
+
+    def merged_bias(self, members=None):
+        """Bias plus changes; None where no member changes it."""
+        members = self.members if members is None else members
+        changes = [(m, m.bias_change()) for m in members]
+        changes = [
+            ops.cast(m.adapter_strength, c.dtype) * c
+            for m, c in changes
+            if c is not None
+        ]
+        return self.layer.bias + sum(changes) if changes else None
+
+    def forwarded(self, base, name):
+        view = vars(self).get("view")
+        if view is None or view.kernel_name is None:
+            return getattr(base, name)
+        if name in (view.kernel_name, f"_{view.kernel_name}"):
+            matrix = view.matrix()
+            total = ops.cast(_total(self.members), matrix.dtype)
+            return view.kernel(matrix + total)
+        return getattr(base, name)
+
+
+def _total(members):
+    """The sum of what the members add to the kernel, at their strengths."""
+    parts = []
+    for member in members:
+        delta = member.delta_matrix()
+        on = ops.not_equal(member.adapter_strength, 0)
+        strength = ops.cast(member.adapter_strength, delta.dtype)
+        parts.append(ops.where(on, strength * delta, ops.zeros_like(delta)))
+    return sum(parts)
+
+
+class KernelAdapter(AdapterLayer, KernelHost):
+    """Base class of adapters around one linear layer.
+
+    A method supplies its weights (`build_adapter`) and one of these:
+
+    - `factors()`: the pair A (n_in x r), B (r x n_out), if the change of the
+      kernel is `scale * A B`; all else follows from it;
+    - `change(inputs, outputs, training)`, of the base's output before the
+      activation, and `delta_matrix()`, the same of the kernel, `K' - K`;
+    - `input_change(inputs)` and `delta_matrix()`, if it changes what the
+      base is given (`changes_inputs`);
+    - `kernel_change()`, in the kernel's own shape, if it has no thin form
+      (`forms_kernel`).
+
+    All are at full strength, the method's own scale included (but for
+    `factors`); the strength of the adapter comes on top. The base's `kernel`
+    (or `embeddings`) is the effective one.
+
+    Args:
+        layer: The base: a layer that `keras_spectral.kernels` has a view of.
+        adapter_name: The adapter's name.
+        **kwargs: Keras layer arguments.
+
+    Call arguments:
+        inputs: What the base takes; further arguments go to the base.
+        training: Boolean, whether dropout is active.
+        mask: Boolean (batch, tokens), for methods that look at tokens.
+
+    Input shape: the base's. Output shape: the base's.
+    """
+
+    one_direction = False  # whether it fits no table that is read backwards
+    changes_inputs = False
+    forms_kernel = False
+    needs_outputs = False  # whether `change` looks at the base's outputs
+    dropout = 0.0
+
+    def __init__(self, layer, adapter_name="default", **kwargs):
+        super().__init__(layer, adapter_name, **kwargs)
+        self._triplets = None
+
+    @classmethod
+    def check_base(cls, layer):
+        view_class_of(layer)
+        reversible = isinstance(layer, keras.layers.ReversibleEmbedding)
+        if cls.one_direction and reversible:
+            raise ValueError(
+                f"Layer '{layer.name}' is a ReversibleEmbedding. {cls.__name__}"
+                " expects a layer that runs in one direction."
+            )
+
+    @classmethod
+    def view_of(cls, layer):
+        return kernel_view(layer)
+
+    def set_dropout(self, dropout: float, seed: int | None):
+        """Keeps `seed` and the share of inputs that a thin pair drops."""
+        dropout = check_number(dropout, "dropout", 0, 1)
+        if dropout and isinstance(self.layer, keras.layers.Embedding):
+            raise ValueError(
+                f"Received dropout={dropout} for the Embedding "
+                f"'{self.layer.name}'. Expected 0: token ids cannot be "
+                "dropped."
+            )
+        self.dropout = dropout
+        self.seed = check_seed(seed)
+        if dropout:
+            self.seed_generator = keras.random.SeedGenerator(
+                derived_seed(seed, "dropout")
+            )
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether `factors` is there, and worth keeping as it is."""
+        return hasattr(self, "factors")
+
+    def give_triplets(self, triplets: Triplets):
+        """Factors made elsewhere, together with others or from a cache."""
+        self._triplets = triplets
+
+    def take_triplets(self, count: int) -> Triplets:
+        """The kernel's first singular triplets, given or made here."""
+        triplets, self._triplets = self._triplets, None
+        if triplets is None:
+            triplets = factorize([(self.view, count)])[0]
+        return triplets
+
+    def change_of_outputs(
+        self, inputs, outputs, training=None, mask=None, **kwargs
+    ):
+        """Strength times the change of the base's outputs."""
+        if hasattr(self, "factors"):
+            return self._thin_change(inputs, training, **kwargs)
+        if self.changes_inputs:
+            raise NotImplementedError
+        if self.forms_kernel:
+            return self.view.linear(inputs, self.amount_of(self.kernel_change()))
+        return self.weighed(
+            self.change(inputs, outputs, training=training, **kwargs)
+        )
+
+    def _thin_change(self, inputs, training, **kwargs):
+        a, b = self.scaled(*self.factors_of_step(training))
+        if self.dropout and is_training(training):
+            inputs = keras.random.dropout(
+                inputs, self.dropout, seed=self.seed_generator
+            )
+        return self.view.apply(inputs, a, b, **kwargs)
+
+    def factors_of_step(self, training):
+        """The pair that a call uses."""
+        return self.factors()
+
+    def change(self, inputs, outputs, training=None, **kwargs):
+        """The change of the base's outputs before its activation.
+
+        Args:
+            inputs: What the base was given.
+            outputs: What it gave, bias included; `needs_outputs` says that
+                they are looked at.
+            training: Boolean.
+        """
+        raise NotImplementedError
+
+    def input_change(self, inputs):
+        """The change of what the base is given."""
+        raise NotImplementedError
+
+    def kernel_change(self):
+        """The change of the kernel, in its own shape."""
+        raise NotImplementedError
+
+    def scaled(self, a, b):
+        """A pair in the compute dtype, scale and strength in B.
+
+        Switched off both are zero, whatever they hold: NaN times 0 is NaN.
+        """
+        a, amount = ops.convert_to_tensor(a), self.amount
+        on = ops.not_equal(amount, 0.0)
+        a, b = ops.where(on, a, 0.0), ops.where(on, b * amount, 0.0)
+        return (ops.cast(x, self.compute_dtype) for x in (a, b))
+
+    def weighed(self, change):
+        """Strength times a change; zero when off, whatever that is."""
+        strength = ops.cast(self.adapter_strength, change.dtype)
+        on = ops.not_equal(strength, 0)
+        zero = ops.zeros((), change.dtype)
+        return self.in_rows(ops.where(on, strength * change, zero))
+
+    def amount_of(self, change):
+        """Strength times a change of the kernel, scale included in it."""
+        on = ops.not_equal(self.adapter_strength, 0)
+        return ops.where(on, self.adapter_strength * change, 0.0)
+
+    def delta_matrix(self):
+        """The matrix (n_in x n_out, float32) that the kernel gains."""
+        if self.forms_kernel:
+            return self.view.to_matrix(self.kernel_change())
+        a, b = self.factors()
+        return ops.matmul(a, b * self.scale)
+
+    def bias_change(self):
+        """What the base's bias gains, or None."""
+        return None
+
+
+@keras.saving.register_keras_serializable("keras_spectral")
+class KernelStack(Stack, KernelHost):
+    """Several adapters around one linear layer."""
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        self.view = self._members[0].view
+
+
+KernelAdapter.stack = KernelStack

@@ -1,0 +1,115 @@
+"""Member: what a host holds, by a name and with a strength."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_spectral.checks import check_adapter_name
+
+
+class Member:
+    """Mixed into layers that a host holds: a change of the host's base.
+
+    Attributes:
+        adapter_name: The name of the adapter that it is a part of.
+        adapter_strength: How much of the change is there, a float32 variable:
+            0 is off exactly, whatever the weights hold.
+        is_trained: Whether it trains, as long as the model does.
+        disabled: Whether an `adapters_disabled` block has put it off.
+        is_off: Whether `set_strength` has put it off.
+        rows: For each example whether the change is there (an array of 0.0
+            and 1.0, inside of a `mixed_batch` block), else None.
+    """
+
+    retraces = False  # whether it is compiled anew when switched
+
+    def name_member(self, adapter_name: str) -> None:
+        """Gives it its name."""
+        self.adapter_name = check_adapter_name(adapter_name)
+        self.is_trained = True
+        self.disabled = False
+        self.is_off = False
+        self.rows = None
+
+    def add_strength(self) -> None:
+        """Creates the variable of the strength."""
+        self.adapter_strength = self.add_weight(
+            name="strength",
+            shape=(),
+            dtype="float32",
+            initializer="ones",
+            trainable=False,
+            autocast=False,
+        )
+
+    def set_strength(self, strength: float) -> None:
+        """Sets how much of the change is there."""
+        self.adapter_strength.assign(strength)
+        self.is_off = strength == 0
+
+    def strength(self) -> float:
+        """How much of the change is there."""
+        return float(ops.convert_to_numpy(self.adapter_strength))
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.is_off = self.strength() == 0
+
+    def in_rows(self, change):
+        """A change of outputs, zero for examples that it is not meant for."""
+        if self.rows is None:
+            return change
+        return self.where_chosen(change, ops.zeros((), change.dtype))
+
+    def where_chosen(self, one, other):
+        """`one` for the examples that the change is meant for, else `other`.
+
+        Raises:
+            ValueError: There is another number of examples.
+        """
+        count = one.shape[0] if len(one.shape) else 1
+        if count not in (None, len(self.rows)):
+            raise ValueError(
+                f"Layer '{self.name}' runs on {count} rows, and `mixed_batch` "
+                f"was told of {len(self.rows)} examples. Expected inputs with "
+                "one row for each name, and layers that keep examples apart."
+            )
+        rows = ops.convert_to_tensor(self.rows, "float32")
+        rows = ops.reshape(rows, (-1, *[1] * (len(one.shape) - 1)))
+        return ops.where(rows > 0, one, other)
+
+    def check_active(self) -> None:
+        """Raises a ValueError if it is switched off."""
+        if self.disabled:
+            raise ValueError(
+                f"The adapter of layer '{self.name}' is switched off. Expected "
+                "an active one: leave the `adapters_disabled` block first."
+            )
+        if self.strength() == 0:
+            raise ValueError(
+                f"The adapter '{self.adapter_name}' of layer '{self.name}' is "
+                "not active. Expected one that is: "
+                f"`set_adapters(model, {self.adapter_name!r})` first."
+            )
+
+
+def own_weights(member: keras.layers.Layer) -> list[keras.Variable]:
+    """A member's weights: all that are neither its base's nor shared."""
+    base = vars(member).get("base") or member.layer
+    foreign = {id(w) for w in base.weights}
+    shared = getattr(member, "shared", None)
+    if shared is not None:
+        foreign |= {id(w) for w in shared.weights}
+    strength = getattr(member, "adapter_strength", None)
+    return [
+        w
+        for w in member.weights
+        if id(w) not in foreign and w is not strength
+    ]
+
+
+def count_own(member: keras.layers.Layer, trainable: bool = False) -> int:
+    """How many numbers these hold."""
+    found = [w for w in own_weights(member) if w.trainable or not trainable]
+    return sum(math.prod(w.shape) for w in found)
