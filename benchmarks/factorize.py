@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 import keras_spectral as ks
-from keras_spectral.linalg import truncated_svd
-from keras_spectral.spectra import leading_triplets
-from keras_spectral.wrap import adapter_places
+from keras_spectral._internal.linalg import truncated_svd
+from keras_spectral.kernels.spectra import leading_triplets
+from keras_spectral.model.hosts import adapter_places
 
 # Llama-7B: how many kernels of each shape.
 SEVEN_B = {(4096, 4096): 128, (4096, 11008): 64, (11008, 4096): 32}

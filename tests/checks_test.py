@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import keras_spectral as ks
-from keras_spectral import checks
+from keras_spectral._internal import checks
 from keras_spectral.layers import METHODS
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.gate_network import GateNetwork

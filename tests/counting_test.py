@@ -4,7 +4,7 @@ import rich.console
 from keras import layers
 
 import keras_spectral as ks
-from keras_spectral.counting import count_weights
+from keras_spectral.model.counting import count_weights
 
 
 def _quiet(model):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from keras_spectral import _files
-from keras_spectral._files import whole_file
-from keras_spectral._files import write_safetensors
+from keras_spectral._internal.files import whole_file
+from keras_spectral._internal.files import write_safetensors
 
 
 def _mode(path):

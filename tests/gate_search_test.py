@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_spectral as ks
 from keras_spectral import gate_search
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
 
 PARTS = {"lora": 2, "prefix": 3, "adapter": 2}
 SIZES = {"lora": 8 * WIDTH, "prefix": 6 * WIDTH, "adapter": 4 * WIDTH}
@@ -258,7 +258,7 @@ def test_tuning_by_a_metric_that_is_nan(monkeypatch):
     pytest.importorskip("optuna")
     model, data = _compiled()
     monkeypatch.setattr(
-        "keras_spectral.gate_tuning.evaluate", lambda *_: {"mae": float("nan")}
+        "keras_spectral.search.gates.evaluate", lambda *_: {"mae": float("nan")}
     )
     with pytest.raises(ValueError, match="'mae' was NaN in each of 2 trials"):
         ks.tune_gates(model, data, data, "mae", trials=2, **PARTS)

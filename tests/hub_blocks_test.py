@@ -7,7 +7,7 @@ from hub_models import MODELS
 from keras import ops
 
 import keras_spectral as ks
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
 
 keras_hub = pytest.importorskip("keras_hub")
 

@@ -10,7 +10,7 @@ from hub_models import MODELS
 from keras import ops
 
 import keras_spectral as ks
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
 
 # Layers that a model holds but does not use for its outputs, or that no
 # gradient reaches: their adapters cannot learn. By pattern of paths.

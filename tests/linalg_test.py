@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_spectral.linalg import cayley
-from keras_spectral.linalg import randomized_svd
-from keras_spectral.linalg import truncated_svd
+from keras_spectral._internal.linalg import cayley
+from keras_spectral._internal.linalg import randomized_svd
+from keras_spectral._internal.linalg import truncated_svd
 
 
 def _matrix(values, n_in=60, n_out=90, seed=0):

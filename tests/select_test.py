@@ -7,7 +7,7 @@ from keras import layers
 from keras import ops
 
 import keras_spectral as ks
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
 
 
 def _mlp():

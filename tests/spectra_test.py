@@ -10,8 +10,8 @@ import safetensors.numpy
 from keras import ops
 
 import keras_spectral as ks
-from keras_spectral import spectra
 from keras_spectral.kernels import kernel_view
+from keras_spectral.kernels import spectra
 
 
 def _views(*shapes):

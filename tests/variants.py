@@ -15,7 +15,7 @@ import layer_cases
 import numpy as np
 from keras import ops
 
-from keras_spectral.surgery import own_variables
+from keras_spectral._internal.layer_tools import own_variables
 
 TESTS = pathlib.Path(__file__).parent
 

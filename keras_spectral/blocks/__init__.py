@@ -6,7 +6,6 @@ from keras_spectral.blocks.kinds import AttentionKind
 from keras_spectral.blocks.kinds import BlockKind
 from keras_spectral.blocks.kinds import register_block
 from keras_spectral.blocks.prefix import PrefixTuning
-from keras_spectral.blocks.soft_prompt import SoftPrompt
 from keras_spectral.blocks.unipelt import UniPELTBlock
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "BlockKind",
     "BottleneckAdapter",
     "PrefixTuning",
-    "SoftPrompt",
     "UniPELTBlock",
     "register_block",
 ]

@@ -1,13 +1,16 @@
 """The base of adapters that live on a whole transformer block."""
 
+import keras
 from keras import ops
 
-from keras_spectral import surgery
 from keras_spectral._backend import is_training
+from keras_spectral._internal.layer_tools import freeze
+from keras_spectral._internal.layer_tools import take_signature
 from keras_spectral._internal.twin import rerouted
 from keras_spectral.blocks.kinds import BlockView
 from keras_spectral.blocks.kinds import require_kind
 from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.adapter import Stack
 from keras_spectral.layers.host import Host
 
 
@@ -36,21 +39,66 @@ class Run:
         return ops.sum(values * weights, axis=1) / total
 
 
-class BlockAdapter(AdapterLayer):
+class BlockHost(Host):
+    """Runs a block with what its members put inside of it.
+
+    It runs a twin of the block, some of whose pieces run through code of the
+    members, those of the later around those of the earlier. The block itself
+    stays as it is, so several threads can run it, and what is inside can be
+    wrapped as well.
+    """
+
+    opens_base = True
+
+    def __init__(self, layer, *args, **kwargs):
+        super().__init__(layer, *args, **kwargs)
+        take_signature(self, layer)
+
+    def call(self, *args, training=None, **kwargs):
+        mixed = [m for m in self.members if m.rows is not None]
+        if not mixed:
+            return self._run(self.members, args, kwargs, training)
+        outputs = self._run([], args, kwargs, training)
+        for member in mixed:
+            own = self._run([member], args, kwargs, training)
+            outputs = keras.tree.map_structure(
+                member.where_chosen, own, outputs
+            )
+        return outputs
+
+    def _run(self, members, args, kwargs, training):
+        # Blocks disagree on the name of their input.
+        inputs = (*args, *kwargs.values())[0]
+        runs, detours = [], []
+        for member in members:
+            padding = member.view.padding(args, kwargs)
+            run = Run(inputs, padding, training)
+            member.begin(run)
+            runs.append((member, run))
+            detours += member.detours(run)
+        outputs = rerouted(self.layer, detours)(*args, **kwargs)
+        for member, run in runs:
+            outputs = member.end(outputs, run)
+        return outputs
+
+    def freeze_base(self):
+        """Keeps the block's weights from training, adapters inside excepted."""
+        freeze(self.layer)
+
+
+class BlockAdapter(AdapterLayer, BlockHost):
     """Base class of adapters around a transformer block.
 
-    The adapter runs a twin of the block, some of whose pieces (a projection,
-    the attention itself, the end of the feed-forward net) run through code
-    of the adapter: `detours` names them. The block itself stays as it is, so
-    several threads can run it, and what is inside can be wrapped as well.
-
-    A method supplies its weights (`build_adapter`) and `detours`;
-    `self.view` is a `BlockView`. Blocks cannot be merged, because what is
-    added is no change of a kernel.
+    A method supplies its weights (`build_adapter`) and names, by `detours`,
+    the pieces of the block (a projection, the attention itself, the end of
+    the feed-forward net) that run through code of its own; `self.view` is a
+    `BlockView`, `self.amount` what it is multiplied by. Blocks cannot be
+    merged, because what is added is no change of a kernel.
 
     Args:
         layer: The base: a block of a kind in `blocks/kinds.py`, or of one
             that `register_block` was told of.
+        adapter_name: The adapter's name.
         **kwargs: Keras layer arguments.
 
     Call arguments:
@@ -65,11 +113,6 @@ class BlockAdapter(AdapterLayer):
 
     default_target = "blocks"
     merges = False
-    opens_base = True
-
-    def __init__(self, layer, **kwargs):
-        super().__init__(layer, **kwargs)
-        surgery.take_signature(self, layer)
 
     @classmethod
     def check_base(cls, layer):
@@ -78,14 +121,6 @@ class BlockAdapter(AdapterLayer):
     @classmethod
     def view_of(cls, layer):
         return BlockView(layer)
-
-    def call(self, *args, training=None, **kwargs):
-        # Blocks disagree on the name of their input.
-        inputs = (*args, *kwargs.values())[0]
-        run = Run(inputs, self.view.padding(args, kwargs), training)
-        self.begin(run)
-        block = rerouted(self.layer, self.detours(run))
-        return self.end(block(*args, **kwargs), run)
 
     def begin(self, run):
         """What comes before the block."""
@@ -98,27 +133,17 @@ class BlockAdapter(AdapterLayer):
         """What the adapter returns for the block's outputs."""
         return outputs
 
-    def freeze_base(self):
-        """Keeps the block's weights from training, adapters inside excepted."""
-        _freeze(self.layer)
-
-    def factors(self):
+    def check_mergeable(self):
         raise ValueError(
             f"Layer '{self.name}' is a {type(self).__name__} and cannot be "
             "merged: what it adds to the block is no change of a kernel. "
             "Keep the adapter; `unwrap_model` drops it."
         )
 
-    def merged_matrix(self):
-        return self.factors()
 
-    def delta_matrix(self):
-        return self.factors()
+@keras.saving.register_keras_serializable("keras_spectral")
+class BlockStack(Stack, BlockHost):
+    """Several adapters around one block."""
 
 
-def _freeze(layer):
-    if isinstance(layer, Host):
-        return
-    surgery.set_trainable(layer, False, False)
-    for child in surgery.sublayers(layer):
-        _freeze(child)
+BlockAdapter.stack = BlockStack

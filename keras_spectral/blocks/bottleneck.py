@@ -3,19 +3,19 @@
 import keras
 from keras import ops
 
+from keras_spectral._internal.checks import activation_function
+from keras_spectral._internal.checks import activation_name
+from keras_spectral._internal.checks import check_alpha
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral._internal.twin import Detour
 from keras_spectral.blocks.block_adapter import BlockAdapter
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
 from keras_spectral.blocks.parts import spread
-from keras_spectral.checks import activation_function
-from keras_spectral.checks import activation_name
-from keras_spectral.checks import check_alpha
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel", "post")
@@ -121,7 +121,7 @@ class BottleneckAdapter(BlockAdapter):
 
     def detours(self, run):
         def strength(z):
-            return self.scale
+            return self.amount
 
         if self.placement == "post":
             return []
@@ -138,7 +138,7 @@ class BottleneckAdapter(BlockAdapter):
         pre_norm = self.placement == "pfeiffer" and self.view.norm is None
         if self.placement != "post" and not pre_norm:
             return outputs
-        return self.net.at_end(outputs, lambda z: self.scale)
+        return self.net.at_end(outputs, lambda z: self.amount)
 
 
 class Bottleneck:

@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral.blocks.block_adapter import Run
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
-from keras_spectral.checks import derived_seed
 
 _HIDDEN = 64
 _SMALL = 1e-6

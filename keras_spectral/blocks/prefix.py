@@ -5,14 +5,14 @@ import inspect
 import keras
 from keras import ops
 
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral._internal.twin import Detour
 from keras_spectral._internal.twin import rerouted_base
 from keras_spectral.blocks.block_adapter import BlockAdapter
 from keras_spectral.blocks.parts import dense
 from keras_spectral.blocks.parts import dense_weights
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 
 _STDDEV = 0.02
@@ -84,7 +84,10 @@ class PrefixTuning(BlockAdapter):
         )
 
     def detours(self, run):
-        return self.prefix.detours(self.view, lambda: 1.0, lambda: self.scale)
+        strength = self.adapter_strength
+        return self.prefix.detours(
+            self.view, lambda: strength, lambda: strength
+        )
 
 
 class Prefix:

@@ -3,6 +3,13 @@
 import keras
 from keras import ops
 
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import check_whole
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral._internal.twin import Detour
 from keras_spectral.blocks.block_adapter import BlockAdapter
 from keras_spectral.blocks.bottleneck import Bottleneck
@@ -11,13 +18,6 @@ from keras_spectral.blocks.gates import absolute
 from keras_spectral.blocks.gates import entropy
 from keras_spectral.blocks.parts import spread
 from keras_spectral.blocks.prefix import Prefix
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import check_whole
-from keras_spectral.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 
 LOW_GATE = 0.05  # a part whose mean gate stays below is of no use
@@ -242,13 +242,13 @@ class UniPELTBlock(BlockAdapter):
 
     def _switched(self, gate):
         """A gate times the scale; zero when switched off, even of NaN."""
-        on = ops.not_equal(self.scale, 0.0)
-        return ops.where(on, gate * self.scale, 0.0)
+        on = ops.not_equal(self.amount, 0.0)
+        return ops.where(on, gate * self.amount, 0.0)
 
     def _shown(self, run):
         """Not zero where the prefix is there."""
         if self.gate != "gumbel":
-            return self.scale
+            return self.amount
         return self._switched(run.gates["prefix"])
 
     def _add_penalty(self, gates):

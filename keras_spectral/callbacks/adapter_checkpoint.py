@@ -6,14 +6,14 @@ from typing import Any
 
 import keras
 
-from keras_spectral._files import check_folder
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_path
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_path
+from keras_spectral._internal.files import check_folder
+from keras_spectral.model.hosts import require_adapters
 from keras_spectral.saving import load_adapters
 from keras_spectral.saving import save_adapters
-from keras_spectral.wrap import require_adapters
 
 
 class AdapterCheckpoint(keras.callbacks.ModelCheckpoint):

@@ -2,11 +2,11 @@
 
 import keras
 
-from keras_spectral.checks import check_number
+from keras_spectral._internal.checks import check_number
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import require_adapters
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_adapters
 
 _GATED = (GatedSpectralDense, ConditionalSpectralDense)
 

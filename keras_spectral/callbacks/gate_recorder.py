@@ -6,12 +6,12 @@ from typing import Any
 
 import keras
 
-from keras_spectral._files import whole_file
+from keras_spectral._internal.checks import check_path
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.files import whole_file
 from keras_spectral.blocks import UniPELTBlock
-from keras_spectral.checks import check_path
-from keras_spectral.checks import check_rank
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import require_adapters
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_adapters
 
 
 class GateRecorder(keras.callbacks.Callback):

@@ -5,24 +5,24 @@ import warnings
 
 import keras
 
-from keras_spectral import surgery
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_whole
+from keras_spectral._internal.checks import is_whole
 from keras_spectral._internal.optimizers import after_update
 from keras_spectral._internal.optimizers import called_after_update
 from keras_spectral._internal.optimizers import innermost
 from keras_spectral._internal.optimizers import stop_after_update
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_whole
-from keras_spectral.checks import is_whole
-from keras_spectral.convert import compact_ranks
 from keras_spectral.layers import AdaLoRADense
+from keras_spectral.layers.allocation import RankAllocation
+from keras_spectral.layers.allocation import Schedule
+from keras_spectral.layers.importance import CRITERIA
+from keras_spectral.model import surgery
+from keras_spectral.model.convert import compact_ranks
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_adapters
 from keras_spectral.optimizers import IVON
-from keras_spectral.optimizers.allocation import RankAllocation
-from keras_spectral.optimizers.allocation import Schedule
-from keras_spectral.optimizers.importance import CRITERIA
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import require_adapters
 
 
 class RankBudget(keras.callbacks.Callback):

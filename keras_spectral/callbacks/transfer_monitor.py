@@ -5,10 +5,10 @@ from typing import Any
 
 import keras
 
-from keras_spectral._evaluate import evaluate
-from keras_spectral.contexts import adapters_alone
+from keras_spectral._internal.evaluate import evaluate
 from keras_spectral.layers import DecayingLoRA
-from keras_spectral.wrap import require_adapters
+from keras_spectral.model.contexts import adapters_alone
+from keras_spectral.model.hosts import require_adapters
 
 _NO_STEPS = (
     " No step was counted: the `call` of your own model has to take `training` "

@@ -4,9 +4,9 @@ from keras_spectral.compression.compress import compress_model
 from keras_spectral.compression.distill import distiller
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import compression_report
-from keras_spectral.compression.search import search_rank
 from keras_spectral.compression.transfer import finalize_transfer
 from keras_spectral.kernels import LowRank
+from keras_spectral.search.ranks import search_rank
 
 __all__ = [
     "CompressionReport",

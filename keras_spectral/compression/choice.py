@@ -2,18 +2,18 @@
 
 import keras
 
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_rank
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
-from keras_spectral.paths import Place
-from keras_spectral.paths import describe
-from keras_spectral.paths import places
-from keras_spectral.select import Target
-from keras_spectral.select import select
-from keras_spectral.select import without_halves
-from keras_spectral.ties import tied
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import describe
+from keras_spectral.model.paths import places
+from keras_spectral.model.select import Target
+from keras_spectral.model.select import select
+from keras_spectral.model.select import without_halves
+from keras_spectral.model.ties import tied
 
 
 def check_goal(

@@ -8,10 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral.adapted import freeze_all_but
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_rank
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral.compression import ranks
 from keras_spectral.compression.choice import check_goal
 from keras_spectral.compression.choice import chosen_places
@@ -22,16 +22,16 @@ from keras_spectral.compression.saved import copy_model
 from keras_spectral.compression.saved import ordered_layers
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
-from keras_spectral.counting import count_weights
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
-from keras_spectral.linalg import nearest_pair
-from keras_spectral.paths import places
-from keras_spectral.select import Target
-from keras_spectral.select import kept_places
-from keras_spectral.spectra import LateProgress
-from keras_spectral.wrap import wrap_model
+from keras_spectral.kernels.spectra import LateProgress
+from keras_spectral.model.adapted import freeze_all_but
+from keras_spectral.model.counting import count_weights
+from keras_spectral.model.paths import places
+from keras_spectral.model.select import Target
+from keras_spectral.model.select import kept_places
+from keras_spectral.model.wrap import wrap_model
 
 
 def compress_model(

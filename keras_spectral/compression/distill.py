@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_spectral.checks import check_number
+from keras_spectral._internal.checks import check_number
 
 
 def distiller(

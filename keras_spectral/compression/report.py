@@ -7,7 +7,7 @@ import keras
 import rich.console
 import rich.table
 
-from keras_spectral.checks import check_model
+from keras_spectral._internal.checks import check_model
 
 _REPORTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 

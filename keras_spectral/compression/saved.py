@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import keras
 
-from keras_spectral import surgery
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels import LowRank
-from keras_spectral.paths import places
-from keras_spectral.select import without_halves
-from keras_spectral.wrap import put
+from keras_spectral.model import surgery
+from keras_spectral.model.hosts import put
+from keras_spectral.model.paths import places
+from keras_spectral.model.select import without_halves
 
 _PACKAGE, _NAME = "keras_spectral", "CompressedModel"
 

@@ -6,13 +6,13 @@ from keras import ops
 from keras_spectral.compression.compress import low_rank_layer
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
-from keras_spectral.contexts import unwrapped
 from keras_spectral.kernels import LowRank
 from keras_spectral.layers import DecayingLoRA
-from keras_spectral.layers.host import TrainedCopy
-from keras_spectral.wrap import hosts
-from keras_spectral.wrap import require_adapters
-from keras_spectral.wrap import unwrap_model
+from keras_spectral.layers.trained_copy import TrainedCopy
+from keras_spectral.model.contexts import unwrapped
+from keras_spectral.model.hosts import hosts
+from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.merge import unwrap_model
 
 
 def finalize_transfer(model: keras.Model) -> keras.Model:

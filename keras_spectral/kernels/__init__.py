@@ -6,7 +6,7 @@ this folder and one line in `_VIEWS`, and every method works on it.
 
 import keras
 
-from keras_spectral.checks import check_layer
+from keras_spectral._internal.checks import check_layer
 from keras_spectral.kernels.conv import ConvTransposeView
 from keras_spectral.kernels.conv import ConvView
 from keras_spectral.kernels.conv import SeparableConvView

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
+from keras_spectral._internal.checks import check_layer
 from keras_spectral._internal.twin import twin
-from keras_spectral.checks import check_layer
 from keras_spectral.kernels.view import KernelView
 
 # What says how many codes a layer makes.

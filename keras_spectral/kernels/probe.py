@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._backend import concretely
-from keras_spectral.checks import is_small
+from keras_spectral._internal.checks import is_small
 from keras_spectral.kernels.view import KernelView
 from keras_spectral.kernels.view import wide_dtype
 

@@ -5,9 +5,9 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral._internal.twin import twin
 from keras_spectral._internal.twin import without_ending
-from keras_spectral.linalg import nearest_pair
 
 _PROBE_ROWS = 512
 

@@ -1,4 +1,4 @@
-"""One adapter per file, on the base in `adapter.py`."""
+"""One adapter per file, on the bases in `adapter.py`, `kernel_adapter.py`."""
 
 from keras_spectral.layers.adalora import AdaLoRADense
 from keras_spectral.layers.adapter import METHODS
@@ -8,6 +8,7 @@ from keras_spectral.layers.conv_lora import ConvLoRA
 from keras_spectral.layers.decaying_lora import DecayingLoRA
 from keras_spectral.layers.dylora import DyLoRADense
 from keras_spectral.layers.gated_spectral import GatedSpectralDense
+from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import LoRADense
 from keras_spectral.layers.spectral import SpectralDense
 
@@ -20,6 +21,7 @@ __all__ = [
     "DecayingLoRA",
     "DyLoRADense",
     "GatedSpectralDense",
+    "KernelAdapter",
     "LoRADense",
     "SpectralDense",
 ]

@@ -8,8 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._backend import is_training
-from keras_spectral.checks import check_number
-from keras_spectral.checks import derived_seed
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import check_max_rank

@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-from keras_spectral.checks import check_layer
+from keras_spectral._internal.checks import check_layer
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.member import Member
 

@@ -4,18 +4,18 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
-from keras_spectral.checks import check_alpha
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import derived_seed
+from keras_spectral._internal.checks import check_alpha
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import derived_seed
+from keras_spectral._internal.layer_tools import config_of_shared
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.gate_network import GateNetwork
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.spectral import add_triplets
 from keras_spectral.layers.spectral import check_columns_exist
-from keras_spectral.surgery import config_of_shared
 
 
 @register_method("conditional_spectral")

@@ -6,12 +6,12 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import check_whole
-from keras_spectral.checks import derived_seed
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import check_whole
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import add_pair

@@ -4,10 +4,10 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import derived_seed
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import add_pair

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import derived_seed
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import derived_seed
 
 # Logits start here: every gate closed at inference, and while training a
 # gate is open with probability 1 - exp(-exp(-1.25)) = 1/4.

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_rank
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.spectral import add_triplets

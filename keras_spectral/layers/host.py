@@ -23,6 +23,7 @@ class Host(keras.layers.Wrapper):
             `dtype` to the base's floating policy.
     """
 
+    is_host = True
     # Whether the layers inside of the base keep places of their own.
     opens_base = False
 

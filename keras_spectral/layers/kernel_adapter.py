@@ -4,18 +4,18 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import derived_seed
+from keras_spectral._internal.checks import is_small
 from keras_spectral._internal.twin import without_ending
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import derived_seed
-from keras_spectral.checks import is_small
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels import view_class_of
+from keras_spectral.kernels.spectra import Triplets
+from keras_spectral.kernels.spectra import factorize
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import Stack
 from keras_spectral.layers.host import Host
-from keras_spectral.spectra import Triplets
-from keras_spectral.spectra import factorize
 
 
 class KernelHost(Host):
@@ -244,7 +244,9 @@ class KernelAdapter(AdapterLayer, KernelHost):
         if self.changes_inputs:
             raise NotImplementedError
         if self.forms_kernel:
-            return self.view.linear(inputs, self.amount_of(self.kernel_change()))
+            return self.view.linear(
+                inputs, self.amount_of(self.kernel_change())
+            )
         return self.weighed(
             self.change(inputs, outputs, training=training, **kwargs)
         )

@@ -5,10 +5,10 @@ import math
 import keras
 from keras import ops
 
-from keras_spectral.checks import check_alpha
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import derived_seed
+from keras_spectral._internal.checks import check_alpha
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_spectral.checks import check_adapter_name
+from keras_spectral._internal.checks import check_adapter_name
 
 
 class Member:
@@ -103,9 +103,7 @@ def own_weights(member: keras.layers.Layer) -> list[keras.Variable]:
         foreign |= {id(w) for w in shared.weights}
     strength = getattr(member, "adapter_strength", None)
     return [
-        w
-        for w in member.weights
-        if id(w) not in foreign and w is not strength
+        w for w in member.weights if id(w) not in foreign and w is not strength
     ]
 
 

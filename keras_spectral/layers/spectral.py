@@ -2,13 +2,13 @@
 
 from keras import ops
 
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import is_whole
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import is_whole
+from keras_spectral._internal.linalg import cayley
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
-from keras_spectral.linalg import cayley
 
 _DEFAULT_RANK = 8
 

@@ -3,9 +3,11 @@
 import keras
 from keras import ops
 
-from keras_spectral import surgery
+from keras_spectral._internal.checks import is_small
+from keras_spectral._internal.layer_tools import set_trainable
+from keras_spectral._internal.layer_tools import take_signature
+from keras_spectral._internal.layer_tools import takes_training
 from keras_spectral._internal.twin import twin
-from keras_spectral.checks import is_small
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.member import Member
 
@@ -80,7 +82,7 @@ class TrainedCopy(Host):
 
     def __init__(self, layer, members, **kwargs):
         super().__init__(layer, **kwargs)
-        surgery.take_signature(self, layer)
+        take_signature(self, layer)
         self._members = [
             NamedCopy(layer, **m) if isinstance(m, dict) else m for m in members
         ]
@@ -106,10 +108,10 @@ class TrainedCopy(Host):
                 member.build()
 
     def freeze_base(self):
-        surgery.set_trainable(self.layer, False, False)
+        set_trainable(self.layer, False, False)
 
     def call(self, *args, training=None, **kwargs):
-        if surgery.takes_training(self.layer):
+        if takes_training(self.layer):
             kwargs["training"] = training
         mixed = [m for m in self._members if m.rows is not None]
         if not mixed:

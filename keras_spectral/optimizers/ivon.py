@@ -9,11 +9,11 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._backend import eagerly
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import check_whole
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import check_whole
 from keras_spectral.optimizers.ivon_update import HESSIANS
 from keras_spectral.optimizers.ivon_update import check_positive
 from keras_spectral.optimizers.ivon_update import check_rate

@@ -4,7 +4,7 @@ import math
 
 from keras import ops
 
-from keras_spectral.checks import check_number
+from keras_spectral._internal.checks import check_number
 
 HESSIANS = ("price", "gradsq")
 

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._internal.checks import check_whole
 from keras_spectral._internal.optimizers import innermost
-from keras_spectral.checks import check_whole
 from keras_spectral.optimizers.ivon import IVON
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_spectral.checks import check_mapping
-from keras_spectral.checks import check_rank
+from keras_spectral._internal.checks import check_mapping
+from keras_spectral._internal.checks import check_rank
 from keras_spectral.plots.axes import new_axes
 from keras_spectral.plots.axes import short_paths
 

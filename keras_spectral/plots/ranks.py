@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_spectral.checks import check_model
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import is_whole
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import is_whole
 from keras_spectral.optimizers.predict import ivon_of
 from keras_spectral.plots.axes import new_axes
 from keras_spectral.plots.axes import short_paths

@@ -4,16 +4,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral.checks import check_model
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.linalg import truncated_svd
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
-from keras_spectral.linalg import truncated_svd
-from keras_spectral.paths import describe
-from keras_spectral.paths import match_paths
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.paths import describe
+from keras_spectral.model.paths import match_paths
 from keras_spectral.plots.axes import new_axes
 from keras_spectral.plots.axes import short_paths
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import require_adapters
 
 _BASE, _ADAPTED = "#777777", "#d1495b"
 _MOST_SHOWN = 64

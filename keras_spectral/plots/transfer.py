@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-from keras_spectral.checks import check_mapping
+from keras_spectral._internal.checks import check_mapping
 from keras_spectral.plots.axes import new_axes
 
 

@@ -6,14 +6,17 @@ import os
 import keras
 import numpy as np
 
-from keras_spectral._files import write_safetensors
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_model
-from keras_spectral.checks import check_path
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.checks import check_path
+from keras_spectral._internal.files import write_safetensors
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.layers.host import TrainedCopy
-from keras_spectral.paths import places
+from keras_spectral.layers.trained_copy import TrainedCopy
+from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.paths import places
+from keras_spectral.model.wrap import wrap_places
 from keras_spectral.saving.applying import apply_adapters
 from keras_spectral.saving.checksum import base_values
 from keras_spectral.saving.checksum import encoded
@@ -26,9 +29,6 @@ from keras_spectral.saving.reading import FORMAT
 from keras_spectral.saving.reading import VERSION
 from keras_spectral.saving.reading import check_finite
 from keras_spectral.saving.reading import read_adapters
-from keras_spectral.surgery import own_variables
-from keras_spectral.wrap import require_adapters
-from keras_spectral.wrap import wrap_places
 
 
 def save_adapters(model: keras.Model, path: str | os.PathLike) -> None:

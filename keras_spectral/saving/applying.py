@@ -7,11 +7,13 @@ import warnings
 import keras
 import numpy as np
 
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.paths import Place
-from keras_spectral.paths import places
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import places
+from keras_spectral.model.wrap import wrap_places
 from keras_spectral.saving.checksum import check_base_values
 from keras_spectral.saving.fresh import connect_as_saved
 from keras_spectral.saving.fresh import give_placeholders
@@ -20,8 +22,6 @@ from keras_spectral.saving.fresh import limit_to_tensors
 from keras_spectral.saving.naming import fingerprint
 from keras_spectral.saving.naming import is_close
 from keras_spectral.saving.naming import named_weights
-from keras_spectral.surgery import own_variables
-from keras_spectral.wrap import wrap_places
 
 _WITHOUT_HEAD = (
     "For models that differ in their heads only, such as in the number of "

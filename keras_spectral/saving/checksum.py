@@ -8,12 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.layers.host import TrainedCopy
-from keras_spectral.paths import Place
-from keras_spectral.paths import subject
-from keras_spectral.surgery import own_variables
+from keras_spectral.layers.trained_copy import TrainedCopy
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import subject
 
 _ROWS, _COLUMNS = 4, 8  # numbers of each wrapped kernel that are kept
 _WEIGHTS, _NUMBERS = 32, 8  # other weights, and numbers of each

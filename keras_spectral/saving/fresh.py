@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from keras_spectral.kernels.spectra import Triplets
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.spectra import Triplets
 
 _SMALL = 2**20  # numbers that are too few to be worth a look
 

@@ -7,22 +7,22 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_model
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_path
-from keras_spectral.contexts import merged
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_path
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import SpectralDense
-from keras_spectral.paths import places
+from keras_spectral.model.contexts import merged
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.merge import unwrap_model
+from keras_spectral.model.paths import places
 from keras_spectral.saving.adapter_file import load_adapters
 from keras_spectral.saving.applying import apply_adapters
 from keras_spectral.saving.checksum import check_base_values
 from keras_spectral.saving.reading import read_adapters
-from keras_spectral.surgery import own_variables
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import require_adapters
-from keras_spectral.wrap import unwrap_model
 
 _SAME = 1e-3  # relative difference of factors of one base
 _SAME_DIRECTION = 0.99

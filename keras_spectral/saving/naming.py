@@ -3,10 +3,10 @@
 import hashlib
 import math
 
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.paths import subject
-from keras_spectral.surgery import own_variables
+from keras_spectral.model.paths import subject
 
 
 def adapter_entries(adapters):

@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_spectral as ks
 from keras_spectral.blocks import BlockAdapter
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
 
 VARIANTS = variants.collected("blocks")
 CONTRACT = pytest.mark.parametrize(

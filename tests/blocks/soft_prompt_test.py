@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 import keras_spectral as ks
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
 
 WORDS, TOKENS, WIDTH, LENGTH = 20, 6, 8, 3
 

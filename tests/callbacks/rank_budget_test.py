@@ -4,9 +4,9 @@ import pytest
 from keras import ops
 
 import keras_spectral as ks
+from keras_spectral.layers.allocation import RankAllocation
+from keras_spectral.layers.allocation import Schedule
 from keras_spectral.optimizers import IVON
-from keras_spectral.optimizers.allocation import RankAllocation
-from keras_spectral.optimizers.allocation import Schedule
 
 ON_TORCH = keras.backend.backend() == "torch"
 

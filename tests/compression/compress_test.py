@@ -11,10 +11,10 @@ from elsewhere import outputs_elsewhere
 from keras import ops
 
 import keras_spectral as ks
+from keras_spectral._internal.linalg import truncated_svd
 from keras_spectral.compression import ranks
 from keras_spectral.compression.compress import low_rank_layer
 from keras_spectral.kernels import kernel_view
-from keras_spectral.linalg import truncated_svd
 
 QUIET = rich.console.Console(quiet=True)
 METHODS = tuple(ranks.RULES)

@@ -10,7 +10,7 @@ from variants import lora_size
 
 import keras_spectral as ks
 from keras_spectral.layers import adalora
-from keras_spectral.wrap import adapter_places
+from keras_spectral.model.hosts import adapter_places
 
 
 def _formula(variant, adapter, lora_a, lora_e, lora_b, **state):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_spectral.optimizers import importance
+from keras_spectral.layers import importance
 
 rng = np.random.default_rng(0)
 MEAN, DEVIATION = rng.normal(size=50), np.exp(rng.normal(size=50))

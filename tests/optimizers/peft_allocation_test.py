@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 import keras_spectral as ks
-from keras_spectral.optimizers.allocation import RankAllocation
-from keras_spectral.optimizers.allocation import Schedule
+from keras_spectral.layers.allocation import RankAllocation
+from keras_spectral.layers.allocation import Schedule
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")

@@ -6,23 +6,23 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral import surgery
-from keras_spectral._evaluate import check_data
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_whole
+from keras_spectral._internal.evaluate import check_data
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.blocks.unipelt import LOW_GATE
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_model
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_whole
-from keras_spectral.convert import drop
-from keras_spectral.convert import exchange
-from keras_spectral.spectra import LateProgress
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import require_adapters
-from keras_spectral.wrap import unwrap_model
-from keras_spectral.wrap import wrap_model
+from keras_spectral.kernels.spectra import LateProgress
+from keras_spectral.model.convert import drop
+from keras_spectral.model.convert import exchange
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.merge import unwrap_model
+from keras_spectral.model.wrap import wrap_model
 
 Parts = dict[str, tuple[str, ...]]
 
@@ -241,7 +241,7 @@ def _weights_of(block, part):
     names = (part, f"gate_{part}")
     return {
         weight.name: ops.convert_to_numpy(weight)
-        for weight in surgery.own_variables(block)
+        for weight in own_variables(block)
         if weight.trainable and weight.name.startswith(names)
     }
 
@@ -295,11 +295,11 @@ def _keep_parts(model, kept, **changes):
 
 def _take_weights(new, old):
     """Copies what the two blocks have in common."""
-    values = {w.name: w for w in surgery.own_variables(old)}
+    values = {w.name: w for w in own_variables(old)}
     stay = [
         old.gate_names.index(n) for n in new.gate_names if n in old.gate_names
     ]
-    for weight in surgery.own_variables(new):
+    for weight in own_variables(new):
         record = not weight.trainable  # of gates that may be others
         if weight.name not in values or (record and old.gate != new.gate):
             continue

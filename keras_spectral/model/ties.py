@@ -8,9 +8,9 @@ from typing import Any
 
 import keras
 
-from keras_spectral.paths import Place
-from keras_spectral.paths import subject
-from keras_spectral.surgery import own_variables
+from keras_spectral._internal.layer_tools import own_variables
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import subject
 
 _TABLE = re.compile(r"self\.([\w.]+)\._?embeddings\b")
 _TURNS = {"transpose", "einsum", "swapaxes", "T"}

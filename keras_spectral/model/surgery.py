@@ -8,120 +8,31 @@ before (`remember`); the heap is searched only for what is above a model that
 has been called as a layer of another one.
 """
 
-import contextlib
 import gc
-import inspect
 import weakref
 from collections.abc import Iterable
 
 import keras
-from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.models.functional import Functional
 from keras.src.ops.function import make_node_key
 from keras.src.ops.node import KerasHistory
 from keras.src.utils.tracking import DotNotTrackScope
 
+from keras_spectral._internal.layer_tools import set_path
 from keras_spectral._internal.optimizers import renewed
 from keras_spectral._internal.snapshot import Snapshot
+from keras_spectral.layers.host import Host
+from keras_spectral.layers.member import own_weights
 
 # Models that were changed before: they may share layers with others.
 _KNOWN: weakref.WeakSet = weakref.WeakSet()
-# Of these attributes of a layer none holds a layer in a way that counts.
-_BOOKS = (
-    "_tracker",
-    "_modules",
-    "_torch_params",
-    "optimizer",
-    "_config_before",
-    "build",
-    "quantize",
-)
-_LIBRARIES = (
-    "builtins keras keras_hub numpy tensorflow jax jaxlib torch collections "
-    "functools inspect types weakref threading enum re"
-).split()
-_OPAQUE = (str, bytes, int, float, type, keras.Variable, keras.layers.Layer)
-_COMPILED = (
+COMPILED = (
     "train_function",
     "test_function",
     "predict_function",
     "generate_function",
     "_cached_spec_generate_fn",
 )
-
-
-def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The layers that a layer tracks directly, in tracking order."""
-    return list(layer._layers)
-
-
-def hidden_holders(
-    model: keras.Model, layers: Iterable[keras.layers.Layer]
-) -> dict[str, list[str]]:
-    """Who holds layers past Keras's trackers, where no adapter can reach.
-
-    Looked at are functions (their closures and defaults) and plain objects
-    that the model's layers hold.
-
-    Returns:
-        For the name of each layer that is held so the kinds of its holders.
-    """
-    wanted = {id(layer): layer for layer in layers}
-    found: dict[str, list[str]] = {}
-    seen: set[int] = set()
-
-    def look(value, kind, depth):
-        if kind and id(value) in wanted:
-            kinds = found.setdefault(wanted[id(value)].name, [])
-            if kind not in kinds:
-                kinds.append(kind)
-            return
-        if not depth or id(value) in seen or isinstance(value, _OPAQUE):
-            return
-        seen.add(id(value))
-        inner, kind_inside = (), kind
-        if isinstance(value, dict):
-            inner = value.values()
-        elif isinstance(value, list | tuple | set):
-            inner = value
-        elif inspect.isfunction(value):
-            inner = _reached(value)
-            kind_inside = f"function '{value.__name__}'"
-        elif inspect.ismethod(value):
-            inner = [value.__self__]
-            kind_inside = f"method '{value.__name__}'"
-        elif type(value).__module__.partition(".")[0] not in _LIBRARIES:
-            inner = vars(value).values() if hasattr(value, "__dict__") else ()
-            kind_inside = f"object of class {type(value).__name__}"
-        for item in inner:
-            look(item, kind_inside, depth - 1)
-
-    for owner in all_layers(model):
-        for name, value in list(vars(owner).items()):
-            if name not in _BOOKS and name not in _COMPILED:
-                look(value, "", 4)
-    return found
-
-
-def _reached(function):
-    """What a function's defaults, closure and global names hold."""
-    found = list(function.__defaults__ or ())
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty one
-            found.append(cell.cell_contents)
-    names = function.__code__.co_names
-    found += [v for k, v in function.__globals__.items() if k in names]
-    return found
-
-
-def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """A layer and everything below it, once each."""
-    return list(layer._flatten_layers())
-
-
-def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The weights that a layer holds itself, not through sublayers."""
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def output_layers(model: keras.Model) -> list[keras.Operation]:
@@ -137,77 +48,41 @@ def is_plain_graph(layer: keras.layers.Layer) -> bool:
     return type(layer) in (Functional, keras.Sequential)
 
 
-def set_trainable(
-    layer: keras.layers.Layer, flag: bool, weights: bool | list[bool]
+def build_in_place(
+    member: keras.layers.Layer, base: keras.layers.Layer, twin: int = 0
 ) -> None:
-    """Sets a layer's flag and those of its own weights, not its sublayers'.
+    """Builds a member so that its weights' paths lie under its base's.
 
-    A weight that was created as non-trainable stays so.
-    """
-    layer._trainable = flag
-    own = layer._trainable_variables
-    if isinstance(weights, bool):
-        weights = [weights] * len(own)
-    for variable, trainable in zip(own, weights):
-        variable.trainable = trainable
-
-
-def trainable_flags(layer: keras.layers.Layer) -> tuple[bool, list[bool]]:
-    """What `set_trainable` would restore."""
-    return layer._trainable, [v.trainable for v in layer._trainable_variables]
-
-
-def config_of_shared(layer: keras.layers.Layer) -> keras.layers.Layer | dict:
-    """What a `get_config` returns for a layer that others hold as well.
-
-    While a whole model is saved, the layer itself: so Keras notes that it is
-    shared, and restores the sharing. Else its configuration.
-    """
-    if get_global_attribute("shared_objects/id_to_config_map") is not None:
-        return layer
-    return keras.saving.serialize_keras_object(layer)
-
-
-def build_in_place(layer: keras.layers.Wrapper, twin: int = 0) -> None:
-    """Builds a wrapper so that its weights' paths lie under its base's.
+    They are `base's path/adapter's name/weight`.
 
     Args:
-        layer: A wrapper with the name of its built base.
+        member: A member of a host, with the base's name.
+        base: The base, built.
         twin: Number of a base whose path another one has as well (KerasHub
             has such), to keep the weights' paths apart.
     """
-    base = layer.layer
-    names = (base.path or base.name).split("/")[:-1]
-    names += [base.name, f"adapter_{twin}"] if twin else []
-    shape = (base.get_build_config() or {}).get("input_shape")
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(keras.name_scope(name))
-        layer.build(shape)
+    member.build((base.get_build_config() or {}).get("input_shape"))
+    parts = [base.path or base.name, *([f"adapter_{twin}"] if twin else [])]
+    start = f"{member.name}/"
+    for variable in _with_strength(member):
+        rest = variable.path.removeprefix(start)
+        path = "/".join([*parts, member.adapter_name, rest])
+        set_path(variable, path)
 
 
-def take_signature(layer: keras.layers.Layer, base: keras.layers.Layer) -> None:
-    """Lets a layer with a general `call` be called as another one is."""
-    signature = inspect.signature(base.call)
-    parameters = dict(signature.parameters)
-    if "training" not in parameters:
-        training = inspect.Parameter(
-            "training", inspect.Parameter.KEYWORD_ONLY, default=None
-        )
-        parameters["training"] = training
-    layer._call_signature = signature.replace(
-        parameters=sorted(parameters.values(), key=lambda p: p.kind)
-    )
+def rename_member(member: keras.layers.Layer, name: str) -> None:
+    """Gives a member another adapter's name, in its weights' paths as well."""
+    for variable in _with_strength(member):
+        parts = variable.path.split("/")
+        if member.adapter_name in parts:
+            place = len(parts) - 1 - parts[::-1].index(member.adapter_name)
+            parts[place] = name
+            set_path(variable, "/".join(parts))
+    member.adapter_name = name
 
 
-def set_path(variable: keras.Variable, path: str) -> None:
-    """Gives a new variable a path of its own."""
-    variable._path = path
-
-
-def takes_training(layer: keras.layers.Layer) -> bool:
-    """Whether a layer's `call` has an argument `training`."""
-    return bool(layer._call_has_training_arg)
+def _with_strength(member):
+    return [*own_weights(member), member.adapter_strength]
 
 
 def remember(model: keras.layers.Layer) -> None:
@@ -264,13 +139,37 @@ def models_above(
 def forget_compiled(models: list[keras.Model]) -> None:
     """Drops compiled functions, which would go on running old layers."""
     for model in models:
-        for name in _COMPILED:
+        for name in COMPILED:
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
-        if hasattr(model, "_compiled_trainable_state"):
-            state = {lay: lay.trainable for lay in model._flatten_layers()}
-            with DotNotTrackScope():
-                model._compiled_trainable_state = state
+        _note_flags(model)
+
+
+def training_state(model: keras.Model) -> tuple:
+    """A model's optimizer, and the compiled functions that belong to it."""
+    names = COMPILED if keras.backend.backend() == "jax" else COMPILED[:1]
+    functions = {name: getattr(model, name, None) for name in names}
+    return getattr(model, "optimizer", None), functions
+
+
+def set_training_state(model: keras.Model, optimizer, functions: dict) -> None:
+    """Gives a model what `training_state` gave, or fresh functions."""
+    names = COMPILED if keras.backend.backend() == "jax" else COMPILED[:1]
+    for name in names:
+        if hasattr(model, name):
+            setattr(model, name, functions.get(name))
+    if getattr(model, "optimizer", None) is not optimizer:
+        with DotNotTrackScope():
+            model.optimizer = optimizer
+    _note_flags(model)
+
+
+def _note_flags(model):
+    """Tells Keras that the flags are those that it compiled with."""
+    if hasattr(model, "_compiled_trainable_state"):
+        state = {lay: lay.trainable for lay in model._flatten_layers()}
+        with DotNotTrackScope():
+            model._compiled_trainable_state = state
 
 
 def owners(model: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -309,13 +208,19 @@ def _fresh_optimizers(models, swaps):
     fresh, replaced = {}, []
     for old, new in swaps.items():
         # Copies of heads train in place of the base's variables.
-        replaced += vars(new).get("_pairs", ())
-        replaced += [pair[::-1] for pair in vars(old).get("_pairs", ())]
+        replaced += _pairs(new)
+        replaced += [pair[::-1] for pair in _pairs(old)]
     for model in models:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and optimizer.built:
             fresh[model] = renewed(optimizer, replaced)
     return fresh
+
+
+def _pairs(host):
+    """The base's variables and the copies that train for them."""
+    members = host.members if isinstance(host, Host) else ()
+    return [p for m in members for p in vars(m).get("pairs", ())]
 
 
 def _move_nodes(old, new, snapshot):

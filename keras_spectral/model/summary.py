@@ -7,16 +7,16 @@ import rich.box
 import rich.console
 import rich.table
 
-from keras_spectral._tables import grouped
-from keras_spectral._tables import show
-from keras_spectral.checks import check_model
-from keras_spectral.counting import count_variables
-from keras_spectral.counting import count_weights
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.layer_tools import all_layers
+from keras_spectral._internal.layer_tools import own_variables
+from keras_spectral._internal.tables import grouped
+from keras_spectral._internal.tables import show
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.paths import places
-from keras_spectral.paths import subject
-from keras_spectral.surgery import all_layers
-from keras_spectral.surgery import own_variables
+from keras_spectral.model.counting import count_variables
+from keras_spectral.model.counting import count_weights
+from keras_spectral.model.paths import places
+from keras_spectral.model.paths import subject
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,14 @@ from typing import Any
 
 import keras
 
-from keras_spectral._evaluate import evaluate
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_number
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.evaluate import evaluate
+from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers import DyLoRADense
-from keras_spectral.spectra import LateProgress
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import require_adapters
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_adapters
 
 Metric = str | Callable[[keras.Model, Any], float]
 

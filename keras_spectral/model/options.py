@@ -5,15 +5,15 @@ import math
 import warnings
 from typing import Any
 
-from keras_spectral.checks import derived_seed
-from keras_spectral.checks import did_you_mean
-from keras_spectral.counting import count_weights
-from keras_spectral.hints import option_hints
-from keras_spectral.hints import require
+from keras_spectral._internal.checks import derived_seed
+from keras_spectral._internal.checks import did_you_mean
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.paths import Place
-from keras_spectral.surgery import own_variables
+from keras_spectral.model.counting import count_weights
+from keras_spectral.model.hints import option_hints
+from keras_spectral.model.hints import require
+from keras_spectral.model.paths import Place
 
 # Bases with fewer weights are not worth a warning.
 _WORTH_NAMING = 4096

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import keras
 
+from keras_spectral._internal.layer_tools import all_layers
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
-from keras_spectral.surgery import all_layers
-from keras_spectral.surgery import own_variables
 
 _KERNELS = ("kernel", "embeddings", "quantized_kernel", "reverse_embeddings")
 _RECORDS = ("_scale", "_zero", "_history", "g_idx")

@@ -6,19 +6,19 @@ from collections.abc import Iterable
 
 import keras
 
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.blocks.kinds import block_kind
-from keras_spectral.hints import ATTENTION
-from keras_spectral.hints import require
 from keras_spectral.kernels import LowRank
 from keras_spectral.layers.adapter import AdapterLayer
-from keras_spectral.paths import Place
-from keras_spectral.paths import describe
-from keras_spectral.paths import places
-from keras_spectral.paths import subject
-from keras_spectral.surgery import output_layers
-from keras_spectral.surgery import own_variables
-from keras_spectral.ties import rewritten
-from keras_spectral.ties import tied
+from keras_spectral.model.hints import ATTENTION
+from keras_spectral.model.hints import require
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import describe
+from keras_spectral.model.paths import places
+from keras_spectral.model.paths import subject
+from keras_spectral.model.surgery import output_layers
+from keras_spectral.model.ties import rewritten
+from keras_spectral.model.ties import tied
 
 Target = (
     str

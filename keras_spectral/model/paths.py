@@ -5,8 +5,8 @@ import re
 
 import keras
 
+from keras_spectral._internal.layer_tools import sublayers
 from keras_spectral.layers.host import Host
-from keras_spectral.surgery import sublayers
 
 _MAX_SHOWN = 8
 

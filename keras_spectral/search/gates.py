@@ -6,18 +6,18 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_spectral._evaluate import check_data
-from keras_spectral._evaluate import evaluate
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.gate_search import check_free
-from keras_spectral.gate_search import check_ready
-from keras_spectral.gate_search import fit
-from keras_spectral.spectra import LateProgress
-from keras_spectral.wrap import unwrap_model
-from keras_spectral.wrap import wrap_model
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.evaluate import check_data
+from keras_spectral._internal.evaluate import evaluate
+from keras_spectral.kernels.spectra import LateProgress
+from keras_spectral.model.merge import unwrap_model
+from keras_spectral.model.wrap import wrap_model
+from keras_spectral.search.parts import check_free
+from keras_spectral.search.parts import check_ready
+from keras_spectral.search.parts import fit
 
 
 def tune_gates(

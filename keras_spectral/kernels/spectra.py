@@ -17,11 +17,11 @@ from keras import ops
 from rich.console import Console
 from rich.progress import Progress
 
-from keras_spectral._files import write_safetensors
-from keras_spectral.checks import check_path
+from keras_spectral._internal.checks import check_path
+from keras_spectral._internal.files import write_safetensors
+from keras_spectral._internal.linalg import randomized_svd
+from keras_spectral._internal.linalg import truncated_svd
 from keras_spectral.kernels.view import KernelView
-from keras_spectral.linalg import randomized_svd
-from keras_spectral.linalg import truncated_svd
 
 _SHOW_AFTER = 2.0  # seconds
 _TOGETHER = 2**22  # numbers in one batch of kernels

@@ -7,19 +7,20 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_spectral import surgery
-from keras_spectral._evaluate import check_data
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.evaluate import check_data
+from keras_spectral._internal.layer_tools import all_layers
 from keras_spectral._internal.snapshot import all_or_nothing
-from keras_spectral.checks import check_rank
+from keras_spectral.kernels.spectra import Triplets
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
-from keras_spectral.spectra import Triplets
-from keras_spectral.wrap import adapter_places
-from keras_spectral.wrap import put
-from keras_spectral.wrap import require_adapters
+from keras_spectral.model import surgery
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import put
+from keras_spectral.model.hosts import require_adapters
 
 
 def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
@@ -216,7 +217,7 @@ def exchange(
     swaps: dict = {}
     paths: collections.Counter = collections.Counter()
     with all_or_nothing() as snapshot:
-        snapshot.keep_flags(surgery.all_layers(model))
+        snapshot.keep_flags(all_layers(model))
         for old in adapters:
             swaps[old], fill = make(old)
             surgery.build_in_place(swaps[old], paths[old.layer.path])

@@ -10,21 +10,21 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from keras_spectral._tables import grouped
-from keras_spectral._tables import show
-from keras_spectral.checks import check_model
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.tables import grouped
+from keras_spectral._internal.tables import show
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
-from keras_spectral.options import adapter_class_of
-from keras_spectral.paths import Place
-from keras_spectral.paths import places
-from keras_spectral.paths import subject
-from keras_spectral.select import adaptable
-from keras_spectral.select import chosen_by_presets
-from keras_spectral.select import without_halves
-from keras_spectral.ties import rewritten
-from keras_spectral.ties import tied
+from keras_spectral.model.options import adapter_class_of
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import places
+from keras_spectral.model.paths import subject
+from keras_spectral.model.select import adaptable
+from keras_spectral.model.select import chosen_by_presets
+from keras_spectral.model.select import without_halves
+from keras_spectral.model.ties import rewritten
+from keras_spectral.model.ties import tied
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable
 
-from keras_spectral.checks import nearest
-from keras_spectral.paths import Place
-from keras_spectral.paths import describe
-from keras_spectral.paths import match_paths
+from keras_spectral._internal.checks import nearest
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import describe
+from keras_spectral.model.paths import match_paths
 
 # Names that KerasHub gives to query and value projections, fused ones too.
 ATTENTION = re.compile(

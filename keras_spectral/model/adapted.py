@@ -1,14 +1,11 @@
 """The class that a model has while adapters are in it."""
 
-from collections.abc import Iterable
-
 import keras
 
-from keras_spectral import surgery
-from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral._internal.layer_tools import all_layers
 from keras_spectral.layers.host import Host
-from keras_spectral.layers.host import TrainedCopy
-from keras_spectral.paths import places
+from keras_spectral.model import surgery
+from keras_spectral.model.training import set_flags
 
 _PACKAGE, _NAME = "keras_spectral", "AdaptedModel"
 _CLASSES: dict[type, type] = {}
@@ -30,7 +27,7 @@ class Adapted:
         # What a class of one's own does there is done as well.
         plain_class(self).trainable.fset(self, value)
         if value:
-            refreeze(self)
+            set_flags(self)
 
 
 class Rebuilt(Adapted):
@@ -96,45 +93,11 @@ def set_classes(models: dict[keras.Model, dict | Exception | None]) -> None:
     """
     for model, config in models.items():
         kind = plain_class(model)
-        if any(isinstance(x, Host) for x in surgery.all_layers(model)):
+        if any(isinstance(x, Host) for x in all_layers(model)):
             kind = _adapted_class(kind, config is not None)
             vars(model)["_config_before"] = config
         if type(model) is not kind:
             object.__setattr__(model, "__class__", kind)
-
-
-def refreeze(model: keras.Model) -> None:
-    """Freezes all but adapters and the trained copies that are to train."""
-    layers = surgery.all_layers(model)
-    copies = [layer for layer in layers if isinstance(layer, TrainedCopy)]
-    freeze_all_but(model, [copy for copy in copies if copy.trains])
-
-
-def freeze_all_but(
-    model: keras.Model, kept: Iterable[keras.layers.Layer]
-) -> None:
-    """Freezes all but adapters, `kept` layers and the way down to them."""
-    kept = {id(layer) for layer in kept}
-    active = {}
-
-    def is_active(layer):
-        if id(layer) not in active:
-            active[id(layer)] = False
-            below = [is_active(child) for child in surgery.sublayers(layer)]
-            here = isinstance(layer, AdapterLayer) or id(layer) in kept
-            active[id(layer)] = here or any(below)
-        return active[id(layer)]
-
-    for layer in tree(model):
-        if isinstance(layer, TrainedCopy):
-            layer.trains = id(layer) in kept
-        if not isinstance(layer, AdapterLayer):
-            surgery.set_trainable(layer, is_active(layer), id(layer) in kept)
-
-
-def tree(model: keras.Model) -> list[keras.layers.Layer]:
-    """The model and every layer that has a place in it."""
-    return [model, *(place.layer for place in places(model))]
 
 
 def _adapted_class(kind, rebuilt):

@@ -3,21 +3,61 @@
 import keras
 from keras import ops
 
-from keras_spectral import surgery
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import check_whole
+from keras_spectral._internal.layer_tools import all_layers
+from keras_spectral._internal.layer_tools import freeze
+from keras_spectral._internal.layer_tools import take_signature
 from keras_spectral._internal.twin import rerouted_layer
-from keras_spectral.blocks.block_adapter import BlockAdapter
-from keras_spectral.checks import check_flag
-from keras_spectral.checks import check_rank
-from keras_spectral.checks import check_seed
-from keras_spectral.checks import check_whole
+from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.adapter import Stack
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.host import Host
 
 _EMBEDDINGS = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
 _STDDEV = 0.02
 
 
+class PromptHost(Host):
+    """Runs a backbone with the prompts of its members."""
+
+    opens_base = True
+
+    def __init__(self, layer, *args, **kwargs):
+        super().__init__(layer, *args, **kwargs)
+        take_signature(self, layer)
+
+    def call(self, inputs, **kwargs):
+        on = [m for m in self.members if not m.is_off and m.rows is None]
+        mixed = [m for m in self.members if m.rows is not None]
+        outputs = _prompted(self.layer, on, inputs, kwargs)
+        for member in mixed:
+            own = _prompted(self.layer, [member], inputs, kwargs)
+            outputs = keras.tree.map_structure(
+                member.where_chosen, own, outputs
+            )
+        return outputs
+
+    def compute_output_spec(self, *args, **kwargs):
+        spec = super().compute_output_spec(*args, **kwargs)
+        kept = sum(m.length for m in self.members if m.keep and not m.is_off)
+
+        def longer(x):
+            if not kept or len(x.shape) != 3 or x.shape[1] is None:
+                return x
+            shape = (x.shape[0], x.shape[1] + kept, x.shape[2])
+            return keras.KerasTensor(shape, x.dtype)
+
+        return keras.tree.map_structure(longer, spec)
+
+    def freeze_base(self):
+        freeze(self.layer)
+
+
 @register_method("soft_prompt")
-class SoftPrompt(BlockAdapter):
+class SoftPrompt(AdapterLayer, PromptHost):
     """Trained vectors that stand among the embedded tokens of a backbone.
 
     `[e_1 .. e_p, P, e_p+1 .. e_n]` with the tokens' embeddings e (width) and
@@ -69,6 +109,7 @@ class SoftPrompt(BlockAdapter):
     """
 
     default_target = "backbone"
+    merges = False
     trains = "vectors that stand among the embedded tokens"
     retraces = True
 
@@ -109,51 +150,71 @@ class SoftPrompt(BlockAdapter):
             ),
         )
 
-    def call(self, inputs, **kwargs):
-        if self.disabled:
-            return self.layer(inputs, **kwargs)
-        start = self.position
-        if start is None:
-            start = int(hasattr(self.layer, "cls_token_index"))
-        stop = start + self.length
+    def start(self) -> int:
+        """How many tokens stand before the prompt."""
+        if self.position is not None:
+            return self.position
+        return int(hasattr(self.layer, "cls_token_index"))
 
-        def embed(original, ids, **kwargs):
-            outputs = original(ids, **kwargs)
-            shape = (ops.shape(outputs)[0], *self.prompt.shape)
-            prompt = ops.broadcast_to(self.prompt, shape)
-            prompt = ops.cast(prompt, outputs.dtype)
-            pieces = [outputs[:, :start], prompt, outputs[:, stop:]]
-            return ops.concatenate(pieces, axis=1)
+    def check_mergeable(self):
+        raise ValueError(
+            f"Layer '{self.name}' is a SoftPrompt and cannot be merged: its "
+            "vectors are no change of a kernel. Keep the adapter; "
+            "`unwrap_model` drops it."
+        )
 
-        def longer(name, ids):
-            """Room for the prompt: ids of 1, which no mask hides."""
-            fill = ops.zeros_like if "segment" in str(name) else ops.ones_like
-            room = ops.repeat(fill(ids[:, :1]), self.length, axis=1)
-            return ops.concatenate([ids[:, :start], room, ids[:, start:]], 1)
 
-        def shorter(x):
-            if self.keep or len(x.shape) != 3:
-                return x
-            return ops.concatenate([x[:, :start], x[:, stop:]], axis=1)
+@keras.saving.register_keras_serializable("keras_spectral")
+class PromptStack(Stack, PromptHost):
+    """Several soft prompts around one backbone, one behind the other."""
 
-        if isinstance(inputs, dict):
-            inputs = {name: longer(name, x) for name, x in inputs.items()}
-        else:
-            inputs = longer("token_ids", inputs)
-        backbone = rerouted_layer(self.layer, self.view.embedding, embed)
-        outputs = backbone(inputs, **kwargs)
-        return keras.tree.map_structure(shorter, outputs)
+    def __init__(self, layer, members, **kwargs):
+        super().__init__(layer, members, **kwargs)
+        if len({(m.start(), m.keep) for m in self.members}) > 1:
+            raise ValueError(
+                f"The soft prompts of '{layer.name}' differ in `position` or "
+                "`keep`. Expected the same for all of one backbone."
+            )
 
-    def compute_output_spec(self, *args, **kwargs):
-        spec = super().compute_output_spec(*args, **kwargs)
 
-        def longer(x):
-            if not self.keep or len(x.shape) != 3 or x.shape[1] is None:
-                return x
-            shape = (x.shape[0], x.shape[1] + self.length, x.shape[2])
-            return keras.KerasTensor(shape, x.dtype)
+SoftPrompt.stack = PromptStack
 
-        return keras.tree.map_structure(longer, spec)
+
+def _prompted(backbone, prompts, inputs, kwargs):
+    """A backbone's outputs with prompts among its embedded tokens."""
+    if not prompts:
+        return backbone(inputs, **kwargs)
+    start, length = prompts[0].start(), sum(p.length for p in prompts)
+    stop, keep = start + length, prompts[0].keep
+
+    def embed(original, ids, **kwargs):
+        outputs = original(ids, **kwargs)
+        prompt = [p.prompt * p.adapter_strength for p in prompts]
+        prompt = ops.cast(ops.concatenate(prompt), outputs.dtype)
+        prompt = ops.broadcast_to(
+            prompt, (ops.shape(outputs)[0], *prompt.shape)
+        )
+        pieces = [outputs[:, :start], prompt, outputs[:, stop:]]
+        return ops.concatenate(pieces, axis=1)
+
+    def longer(name, ids):
+        """Room for the prompt: ids of 1, which no mask hides."""
+        fill = ops.zeros_like if "segment" in str(name) else ops.ones_like
+        room = ops.repeat(fill(ids[:, :1]), length, axis=1)
+        return ops.concatenate([ids[:, :start], room, ids[:, start:]], 1)
+
+    def shorter(x):
+        if keep or len(x.shape) != 3:
+            return x
+        return ops.concatenate([x[:, :start], x[:, stop:]], axis=1)
+
+    if isinstance(inputs, dict):
+        inputs = {name: longer(name, x) for name, x in inputs.items()}
+    else:
+        inputs = longer("token_ids", inputs)
+    backbone = rerouted_layer(backbone, prompts[0].view.embedding, embed)
+    outputs = backbone(inputs, **kwargs)
+    return keras.tree.map_structure(shorter, outputs)
 
 
 class _View:
@@ -186,7 +247,7 @@ def _token_embedding(backbone):
         )
     found = getattr(backbone, "token_embedding", None)
     if not isinstance(found, keras.layers.Layer):
-        layers = surgery.all_layers(backbone)
+        layers = all_layers(backbone)
         embeddings = [x for x in layers if isinstance(x, _EMBEDDINGS)]
         if len(embeddings) != 1:
             raise ValueError(

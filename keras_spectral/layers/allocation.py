@@ -7,8 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_spectral.layers import AdaLoRADense
-from keras_spectral.optimizers.importance import BAYESIAN
-from keras_spectral.optimizers.importance import sensitivity
+from keras_spectral.layers.importance import BAYESIAN
+from keras_spectral.layers.importance import sensitivity
 
 _AVERAGES = ("importance", "uncertainty")
 

@@ -1,0 +1,5 @@
+"""Adapters that live on a whole backbone."""
+
+from keras_spectral.backbones.soft_prompt import SoftPrompt
+
+__all__ = ["SoftPrompt"]

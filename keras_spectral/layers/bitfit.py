@@ -1,0 +1,99 @@
+"""BitFit: trained biases, or shifts of norms, beside the frozen ones."""
+
+import keras
+from keras import ops
+
+from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.kernel_adapter import KernelAdapter
+
+
+@register_method("bitfit")
+class BitFit(KernelAdapter):
+    """Trains biases alone: `y = activation(base(x) + db)`.
+
+    The change db has the shape of the base's `bias`, or of a norm's `beta`,
+    and starts at zero. It is what is left of fine-tuning if one keeps all
+    kernels: n_out numbers for each layer. Merges exactly.
+
+    `wrap_model(..., trainable="biases")` puts it beside adapters of other
+    methods.
+
+    Source: Ben Zaken et al. 2021, arXiv 2106.10199.
+
+    Args:
+        layer: The base: any layer with a `bias`, or a norm with a `beta`.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the base takes.
+
+    Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: A base without bias.
+
+    Example:
+
+    >>> layer = BitFit(keras.layers.Dense(3))
+    >>> outputs = layer(keras.ops.ones((2, 4)))
+    >>> [tuple(w.shape) for w in layer.trainable_weights]
+    [(3,)]
+    """
+
+    default_target = "biases"
+    trains = "biases, beside the frozen ones"
+    one_direction = True
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(layer, **kwargs)
+
+    @classmethod
+    def check_base(cls, layer):
+        if bias_name(layer) is None:
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) has no bias. "
+                "Expected a layer with a `bias`, or a norm with a `beta`."
+            )
+
+    @classmethod
+    def view_of(cls, layer):
+        try:
+            return super().view_of(layer)
+        except ValueError:
+            return None
+
+    def build_adapter(self):
+        self.bias_delta = self.add_weight(
+            name="bias_delta",
+            shape=self._bias().shape,
+            initializer="zeros",
+        )
+
+    def change(self, inputs, outputs, training=None, **kwargs):
+        change = ops.cast(self.bias_delta, outputs.dtype)
+        if getattr(self.layer, "data_format", None) == "channels_first":
+            change = ops.reshape(change, (-1, *[1] * (len(outputs.shape) - 2)))
+        axis = getattr(self.layer, "axis", -1)
+        last = len(outputs.shape) - 1
+        if isinstance(axis, int) and axis not in (-1, last):
+            shape = [1] * len(outputs.shape)
+            shape[axis] = -1
+            change = ops.reshape(change, shape)
+        return ops.broadcast_to(change, ops.shape(outputs))
+
+    def bias_change(self):
+        return ops.convert_to_tensor(self.bias_delta)
+
+    def delta_matrix(self):
+        return ops.zeros((), "float32")
+
+    def _bias(self):
+        return getattr(self.layer, bias_name(self.layer))
+
+
+def bias_name(layer: keras.layers.Layer) -> str | None:
+    """The attribute that holds a layer's bias, None without one."""
+    for name in ("bias", "beta"):
+        if isinstance(getattr(layer, name, None), keras.Variable):
+            return name
+    return None

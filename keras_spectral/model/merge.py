@@ -1,0 +1,187 @@
+"""Takes adapters off: dropped, or folded into the layers that they adapt."""
+
+import warnings
+
+import keras
+
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import is_small
+from keras_spectral._internal.snapshot import Snapshot
+from keras_spectral._internal.snapshot import all_or_nothing
+from keras_spectral.kernels import kernel_view
+from keras_spectral.layers.host import Host
+from keras_spectral.layers.trained_copy import TrainedCopy
+from keras_spectral.model.hosts import Names
+from keras_spectral.model.hosts import base_weights
+from keras_spectral.model.hosts import hosts
+from keras_spectral.model.hosts import members
+from keras_spectral.model.hosts import put
+from keras_spectral.model.hosts import require_names
+from keras_spectral.model.hosts import take_off
+from keras_spectral.model.paths import places
+
+_LOST = 0.01  # share of a change that merging may lose without a word
+
+
+def unwrap_model(model: keras.Model, *, adapter: Names = None) -> keras.Model:
+    """Drops adapters: the very same base layers are back, unchanged.
+
+    Args:
+        model: A wrapped model.
+        adapter: The name of the adapter to drop, or several; all by default.
+
+    Returns:
+        The model; without any adapter left with the `trainable` flags and
+        the heads it had before it was wrapped.
+
+    Raises:
+        ValueError: The model has no adapters, or none of that name.
+    """
+    names = require_names(model, adapter)
+    with all_or_nothing() as snapshot:
+        take_off(model, snapshot, names)
+    return model
+
+
+def merge_model(
+    model: keras.Model, *, adapter: Names = None, dtype: str | None = None
+) -> keras.Model:
+    """Folds adapters into their base kernels: plain Keras layers again.
+
+    Outputs stay what they were, and what trained beside the adapters becomes
+    the model's own. A 16-bit kernel rounds what it gains: a warning says
+    where that eats more than 1 % of the change.
+
+    Args:
+        model: A wrapped model.
+        adapter: The name of the adapter to fold in, or several, at their
+            strengths; the others stay, on the merged kernels. By default all
+            that are active are folded in and the others dropped.
+        dtype: `"float32"` gives adapted layers of 16 bits a kernel that
+            rounds nothing; they then compute in it as well. Not with
+            `adapter`.
+
+    Returns:
+        The model, with the `trainable` flags it had before it was wrapped.
+
+    Raises:
+        ValueError: The model has no adapters, none is active or one that is
+            named is not, one of them cannot be merged or stays and was made
+            for the unmerged kernel, or a merged kernel would hold NaN or
+            infinities. Nothing has changed then.
+    """
+    names = require_names(model, adapter)
+    check_choice(dtype, "dtype", (None, "float32", "float64"))
+    if dtype is not None and adapter is not None:
+        raise ValueError(
+            f"Received dtype={dtype!r} with adapter={adapter!r}. Expected one "
+            "of them: a layer that keeps other adapters keeps its dtype."
+        )
+    with all_or_nothing() as snapshot:
+        wide = {}
+        for host in hosts(model) if dtype is not None else ():
+            chosen = _active(host, names)
+            if chosen and not isinstance(host, TrainedCopy):
+                if is_small(host.layer.variable_dtype):
+                    wide[host.layer] = host.merged_matrix(chosen)
+        losses = fold_all(model, snapshot, adapter)
+        if not wide:
+            warn_of_rounding(losses)
+        take_off(model, snapshot, names if adapter is not None else None)
+        if wide:
+            swaps = {x: _widened(x, dtype, m) for x, m in wide.items()}
+            put(model, swaps, snapshot)
+    return model
+
+
+def fold_all(
+    model: keras.Model,
+    snapshot: Snapshot,
+    adapter: Names = None,
+    alone: bool = False,
+) -> dict[str, float]:
+    """Writes what adapters and trained copies add into their bases.
+
+    Args:
+        model: A wrapped model.
+        snapshot: Keeps what is changed.
+        adapter: The names of what is folded in; by default all that is
+            active.
+        alone: Whether the others are going to be left out.
+
+    Returns:
+        For each adapter's path the share of the change that was lost.
+    """
+    names = require_names(model, adapter)
+    found = members(model)
+    if adapter is not None:
+        _check_active(found, names)
+        if not alone:
+            _check_staying(model, names)
+    elif not any(member.strength() for member in found):
+        found[0].check_active()
+    snapshot.keep_values(base_weights(model))
+    losses = {}
+    for place in places(model):
+        if not isinstance(place.layer, Host):
+            continue
+        chosen = _active(place.layer, names)
+        if isinstance(place.layer, TrainedCopy):
+            place.layer.fold(chosen)
+        elif chosen:
+            for member in chosen:
+                member.check_mergeable()
+            losses[place.path] = place.layer.merge(chosen)
+    return losses
+
+
+def warn_of_rounding(losses: dict[str, float]) -> None:
+    """Warns of changes that a kernel of few bits could not take."""
+    lost = {path: loss for path, loss in losses.items() if loss > _LOST}
+    if lost:
+        worst = max(lost, key=lost.get)
+        warnings.warn(
+            f"Rounding to the kernels' 16 bits lost {100 * lost[worst]:.0f} % "
+            f"of the correction at '{worst}', and more than {100 * _LOST:.0f} "
+            f"% in {len(lost)} of {len(losses)} layers. Keep the adapters, or "
+            "use `merge_model(model, dtype='float32')`.",
+            stacklevel=3,
+        )
+
+
+def _active(host, names):
+    """The members of some names that are on."""
+    return [m for m in host.members if m.adapter_name in names and m.strength()]
+
+
+def _check_active(found, names):
+    """Raises unless each of the names is on."""
+    for name in names:
+        mine = [member for member in found if member.adapter_name == name]
+        if not any(member.strength() for member in mine):
+            mine[0].check_active()
+
+
+def _check_staying(model, names):
+    """Raises if what stays was made for the kernel as it was."""
+    for host in hosts(model):
+        staying = [m for m in host.members if m.adapter_name not in names]
+        tied = [m for m in staying if getattr(m, "reads_kernel", False)]
+        if tied and len(staying) < len(host.members):
+            raise ValueError(
+                f"Adapter '{tied[0].adapter_name}' of layer '{host.name}' "
+                f"({type(tied[0]).__name__}) was made for the kernel as it is "
+                f"and would stay while {names} is folded in. Expected adapters "
+                "that add to any kernel: drop it first, or merge all."
+            )
+
+
+def _widened(layer, dtype, matrix):
+    """An equal layer of another dtype with a kernel from a matrix."""
+    config = {**layer.get_config(), "dtype": dtype}
+    wide = type(layer).from_config(config)
+    wide.build(layer.get_build_config()["input_shape"])
+    for new, old in zip(wide.weights, layer.weights):
+        new.assign(keras.ops.cast(old, new.dtype))
+    kernel_view(wide).assign(matrix)
+    return wide

@@ -1,0 +1,349 @@
+"""Wraps models: puts adapters around layers."""
+
+import collections
+import contextlib
+import os
+import warnings
+from collections.abc import Callable
+from collections.abc import Iterable
+
+import keras
+
+from keras_spectral._backend import scope_of
+from keras_spectral._internal.checks import check_adapter_name
+from keras_spectral._internal.layer_tools import trainable_flags
+from keras_spectral._internal.snapshot import all_or_nothing
+from keras_spectral.kernels.spectra import factorize
+from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.host import Host
+from keras_spectral.layers.trained_copy import NamedCopy
+from keras_spectral.layers.trained_copy import TrainedCopy
+from keras_spectral.model import surgery
+from keras_spectral.model import training
+from keras_spectral.model.holders import hidden_holders
+from keras_spectral.model.hosts import FLAGS
+from keras_spectral.model.hosts import HOSTS
+from keras_spectral.model.hosts import LENT
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import built_around
+from keras_spectral.model.hosts import check_model
+from keras_spectral.model.hosts import hosts
+from keras_spectral.model.hosts import keep_all
+from keras_spectral.model.hosts import members
+from keras_spectral.model.hosts import names_in
+from keras_spectral.model.hosts import put
+from keras_spectral.model.options import adapter_class_of
+from keras_spectral.model.options import check_options
+from keras_spectral.model.options import options_per_layer
+from keras_spectral.model.options import warn_if_larger
+from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import describe
+from keras_spectral.model.paths import places
+from keras_spectral.model.paths import subject
+from keras_spectral.model.select import Target
+from keras_spectral.model.select import bias_requests
+from keras_spectral.model.select import kept_places
+from keras_spectral.model.select import select
+
+Request = tuple[Place, type[AdapterLayer], dict]
+
+
+def wrap_model(
+    model: keras.Model,
+    method: str | type[AdapterLayer],
+    target: Target | None = None,
+    *,
+    adapter: str = "default",
+    exclude: Target | None = None,
+    trainable: str | Iterable[str] | None = None,
+    overrides: dict[str, dict] | None = None,
+    svd_cache: str | os.PathLike | None = None,
+    also: Iterable[keras.Model] = (),
+    **options,
+) -> keras.Model:
+    """Puts an adapter around layers of a model, in place.
+
+    Everything else is frozen, so the next `fit` trains the adapters and what
+    `trainable` names. Works before and after `compile`, `fit`, `predict` and
+    `generate`: compiled functions are dropped, and a built optimizer is
+    replaced by a fresh one of the same configuration. What trains beside the
+    adapters is a copy (float32 where the layer has 16 bits): `unwrap_model`
+    brings the layer back as it was, `merge_model` makes the copy its own.
+
+    A model can have several adapters, by name, each on any layers and of any
+    methods. One with a new name becomes the only active one, and trains;
+    `set_adapters` switches and mixes them.
+
+    Layers that other models share are wrapped there as well if these models
+    were wrapped before, are named in `also`, or use this one as a layer of
+    their graph.
+
+    Args:
+        model: Any built Keras or KerasHub model.
+        method: A registered name (`"lora"`, `"spectral"`) or adapter class.
+        target: What to wrap: a regex that must match a layer's whole path
+            (its chain of names, as `list_targets` shows), a list of such,
+            a layer or its class, a callable `layer -> bool` that is asked of
+            each layer an adapter fits, or one of
+            `"attention"` (query and value projections), `"all-linear"`
+            (every Dense and EinsumDense but heads), `"conv"`, `"all"`,
+            `"blocks"` (transformer blocks), `"backbone"`. Defaults to the
+            method's own:
+            `"attention"`, for convolutional methods `"conv"`, for those
+            that adapt whole blocks `"blocks"`.
+        adapter: The adapter's name. What has it already gets more layers.
+        exclude: What not to wrap; the same forms.
+        trainable: Regexes of layers that stay trainable beside the adapters.
+            Defaults to everything outside of `model.backbone` where there
+            is one (the task head), elsewhere to nothing; `[]` for
+            nothing at all. Each adapter has copies of its own. `"norms"`
+            stands for all norms, `"biases"` for all biases.
+        overrides: `{regex: {option: value}}` for single layers, later ones
+            winning. Each must match a chosen layer.
+        svd_cache: A folder that keeps the kernels' singular factors for the
+            next time, for methods that start from them.
+        also: Other models that share layers with this one.
+        **options: Go to the adapter's constructor, such as `rank=8`. Of a
+            `seed` each layer gets one of its own, made of it and its path.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: Nothing matches, a layer is unbuilt or has an adapter of
+            that name, an option does not fit. The model is then as it was.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((16,)), keras.layers.Dense(8, name="hidden"),
+    ...      keras.layers.Dense(2, name="head")]
+    ... )
+    >>> model = wrap_model(model, "lora", target="hidden", rank=4)
+    >>> [tuple(w.shape) for w in model.trainable_weights]
+    [(16, 4), (4, 8)]
+    """
+    adapter_class = adapter_class_of(method)
+    check_model(model)
+    check_adapter_name(adapter)
+    candidates = places(model)
+    if target is None:
+        target = adapter_class.default_target
+    chosen = select(model, candidates, target, exclude, adapter_class)
+    _check_chosen(model, chosen, adapter)
+    kept = kept_places(model, candidates, trainable)
+    per_layer = options_per_layer(chosen, options, overrides or {})
+    check_options(adapter_class, per_layer)
+    requests = [
+        (place, adapter_class, per_layer[place.path]) for place in chosen
+    ]
+    requests += bias_requests(candidates, trainable)
+
+    for other in also:
+        check_model(other)
+        surgery.remember(other)
+
+    _warn_of_holders(model, chosen)
+
+    def prepare(adapters):
+        give_triplets(adapters, svd_cache)
+
+    wrap_places(model, requests, kept, adapter, prepare)
+    return model
+
+
+def give_triplets(
+    adapters: list[AdapterLayer], svd_cache: str | os.PathLike | None = None
+) -> None:
+    """Factorises all the kernels that some adapters are going to need."""
+    requests = []
+    for adapter in adapters:
+        if type(adapter).triplets_needed is AdapterLayer.triplets_needed:
+            continue
+        view = adapter.view_of(adapter.layer)
+        requests.append((adapter, view, adapter.triplets_needed(view)))
+    needing = [(a, view, count) for a, view, count in requests if count]
+    found = factorize([(view, count) for _, view, count in needing], svd_cache)
+    for (adapter, _, _), triplets in zip(needing, found):
+        adapter.give_triplets(triplets)
+
+
+def wrap_places(
+    model: keras.Model,
+    requests: list[Request],
+    kept: list[Place],
+    name: str = "default",
+    prepare: Callable[[list[AdapterLayer]], None] = give_triplets,
+    fill: Callable[[list], None] = lambda made: None,
+) -> None:
+    """Gives places new members of one name, all or none.
+
+    Args:
+        model: The model they are in.
+        requests: For each place the adapter class and its options.
+        kept: Places that train as copies of themselves.
+        name: The adapter's name.
+        prepare: Called with the adapters before they are built.
+        fill: Called with the places of built members, before these are put
+            in: adapters in the order of `requests`, then copies.
+    """
+    if any(layer in LENT for layer in training.tree(model)):
+        raise ValueError(
+            f"The adapters of model '{model.name}' are out for as long as an "
+            "`unwrapped` or `merged` block lasts. Expected that it is wrapped "
+            "after the block."
+        )
+    for adapter_class in {adapter_class for _, adapter_class, _ in requests}:
+        adapter_class.check_model(model)
+    with all_or_nothing() as snapshot, scope_of(model):
+        keep_all(model, snapshot)
+        if not hosts(model):
+            for layer in training.tree(model):
+                FLAGS.pop(layer, None)
+        flags = {id(x): trainable_flags(x) for x in training.tree(model)}
+        new: list[Place] = []
+        for place, adapter_class, options in requests:
+            with _named(place):
+                base = subject(place.layer)
+                made = adapter_class(base, adapter_name=name, **options)
+                new.append(Place(place.path, place.key, made))
+        adapters = [place.layer for place in new]
+        prepare(adapters)
+        same = [p.layer for p in adapter_places(model, names=[name])]
+        for kind in {type(adapter) for adapter in adapters}:
+            group = [a for a in [*adapters, *same] if type(a) is kind]
+            kind.connect(group)
+        taken = {id(place.layer) for place, _, _ in requests}
+        for place in kept:
+            if id(place.layer) not in taken and _can_train(place, name):
+                made = NamedCopy(subject(place.layer), name)
+                new.append(Place(place.path, place.key, made))
+        _build(new)
+        fill(new)
+        warn_if_larger(requests, adapters)
+        before = [x for x in training.tree(model) if not isinstance(x, Host)]
+        others = [n for n in names_in(model) if n != name]
+        is_new = name not in names_in(model)
+        put(model, _swaps(model, new), snapshot)
+        for layer in before:
+            FLAGS.setdefault(layer, flags[id(layer)])
+        if others and is_new:
+            for member in members(model):
+                member.is_trained = member.adapter_name == name
+                member.set_strength(float(member.is_trained))
+        training.set_flags(model)
+
+
+def _build(new):
+    """Builds new members, their weights' paths apart from each other's."""
+    paths = collections.Counter()
+    for place in new:
+        member = place.layer
+        base = vars(member).get("base") or member.layer
+        with _named(place):
+            surgery.build_in_place(member, base, paths[base.path, type(member)])
+        paths[base.path, type(member)] += 1
+
+
+def _swaps(model, new):
+    """Hosts with the new members in the place of layers and other hosts."""
+    added = collections.defaultdict(list)
+    for place in new:
+        added[place.key].append(place.layer)
+    swaps = {}
+    for place in places(model):
+        if place.key not in added:
+            continue
+        old, extra = place.layer, added[place.key]
+        if isinstance(old, Host):
+            host = old.with_members([*old.members, *extra])
+            for member in extra:
+                if isinstance(member, Host):
+                    member.take_base_from(old)
+        elif isinstance(extra[0], NamedCopy):
+            host = TrainedCopy(old, extra)
+        else:
+            host = extra[0].with_members(extra)
+        built_around(host)
+        swaps[old] = host
+    return swaps
+
+
+def _can_train(place, name):
+    """Whether a place can train as a copy; False if it has no weights."""
+    if isinstance(place.layer, TrainedCopy):
+        names = [member.adapter_name for member in place.layer.members]
+        return name not in names
+    if isinstance(place.layer, Host):
+        own = [m for m in place.layer.members if m.adapter_name == name]
+        if own or not place.layer.layer.weights or place.layer.opens_base:
+            return False
+        raise ValueError(
+            f"'{place.path}' has an adapter '{place.layer.members[0].adapter_name}'"
+            f" and cannot train as a copy for adapter '{name}' beside it. "
+            "Expected `trainable=` without this layer, such as `trainable=[]`."
+        )
+    return bool(place.layer._trainable_variables)
+
+
+@contextlib.contextmanager
+def _named(place):
+    """Says where an error happened."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"At '{place.path}': {error}") from error
+
+
+def _warn_of_holders(model, chosen):
+    """Warns of functions and objects that call a layer past its adapter."""
+    held = hidden_holders(model, [place.layer for place in chosen])
+    if held:
+        name, kinds = next(iter(held.items()))
+        warnings.warn(
+            f"Layer '{name}' of model '{model.name}' is also held by a "
+            f"{' and a '.join(kinds)}, which an adapter does not reach: it "
+            "goes on seeing the base, and after `merge_model` the merged "
+            "kernel, so that outputs change there."
+            + (f" So are {len(held) - 1} more." if len(held) > 1 else ""),
+            stacklevel=3,
+        )
+
+
+def _check_chosen(model, chosen, name):
+    wrapped = [
+        place
+        for place in chosen
+        if isinstance(place.layer, Host)
+        and any(m.adapter_name == name for m in place.layer.members)
+    ]
+    if wrapped:
+        raise ValueError(
+            f"Already wrapped in model '{model.name}' by adapter '{name}': "
+            f"{describe(wrapped)}. Give the new one a name of its own "
+            "(`adapter=`), unwrap or merge first, or leave these out with "
+            "`exclude`."
+        )
+    copies = [place for place in chosen if isinstance(place.layer, TrainedCopy)]
+    if copies:
+        raise ValueError(
+            f"Of model '{model.name}' train as copies with another adapter: "
+            f"{describe(copies)}. Expected layers that do not: leave these out "
+            "with `exclude`."
+        )
+    for place in chosen:
+        host, owner = HOSTS.get(place.layer, (lambda: None, None))
+        if host() is not None:
+            raise ValueError(
+                f"'{place.path}' of model '{model.name}' was wrapped as a "
+                f"layer of model '{owner}', which shares it. Expected that "
+                "`wrap_model` is told of both: unwrap that one, then "
+                f"`wrap_model(..., also=[...])`."
+            )
+    unbuilt = [place for place in chosen if not place.layer.built]
+    if unbuilt:
+        raise ValueError(
+            f"Model '{model.name}' is not built: {describe(unbuilt)} have no "
+            "weights yet. Call it on a batch or use `build(input_shape)`, "
+            "then wrap."
+        )
