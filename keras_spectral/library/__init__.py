@@ -1,0 +1,1 @@
+"""Many trained adapters together."""
