@@ -16,11 +16,13 @@ from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import search_rank
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers import BitFit
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
 from keras_spectral.layers import DecayingLoRA
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
+from keras_spectral.layers import KernelAdapter
 from keras_spectral.layers import LoRADense
 from keras_spectral.layers import SpectralDense
 from keras_spectral.model.catalog import list_targets
@@ -34,6 +36,11 @@ from keras_spectral.model.convert import freeze_gates
 from keras_spectral.model.convert import to_lora
 from keras_spectral.model.merge import merge_model
 from keras_spectral.model.merge import unwrap_model
+from keras_spectral.model.names import adapter_names
+from keras_spectral.model.names import delete_adapter
+from keras_spectral.model.names import mixed_batch
+from keras_spectral.model.names import rename_adapter
+from keras_spectral.model.names import set_adapters
 from keras_spectral.model.summary import adapter_summary
 from keras_spectral.model.wrap import wrap_model
 from keras_spectral.saving import fuse_adapters
@@ -49,18 +56,21 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaLoRADense",
     "AdapterLayer",
+    "BitFit",
     "BottleneckAdapter",
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
     "DyLoRADense",
     "GatedSpectralDense",
+    "KernelAdapter",
     "LoRADense",
     "LowRank",
     "PrefixTuning",
     "SoftPrompt",
     "SpectralDense",
     "UniPELTBlock",
+    "adapter_names",
     "adapter_summary",
     "adapters_alone",
     "adapters_disabled",
@@ -70,6 +80,7 @@ __all__ = [
     "compact_ranks",
     "compress_model",
     "compression_report",
+    "delete_adapter",
     "distiller",
     "finalize_transfer",
     "freeze_gates",
@@ -79,12 +90,15 @@ __all__ = [
     "merge_model",
     "merged",
     "methods",
+    "mixed_batch",
     "optimizers",
     "plots",
     "prune_parts",
+    "rename_adapter",
     "save_adapters",
     "search_parts",
     "search_rank",
+    "set_adapters",
     "to_lora",
     "tune_gates",
     "unwrap_model",

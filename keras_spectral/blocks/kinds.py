@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import kernel_view
-from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.host import Host
 
 
@@ -250,8 +249,6 @@ class BlockView:
     def linear(self, part: str) -> KernelView:
         """A part as a matrix, seen through an adapter of its own."""
         layer = _follow(self.block, self.slot(part))
-        if isinstance(layer, AdapterLayer):
-            return layer.view
         return kernel_view(subject(layer))
 
     def padding(self, args, kwargs):

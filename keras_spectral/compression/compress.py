@@ -26,11 +26,11 @@ from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
-from keras_spectral.model.adapted import freeze_all_but
 from keras_spectral.model.counting import count_weights
 from keras_spectral.model.paths import places
 from keras_spectral.model.select import Target
 from keras_spectral.model.select import kept_places
+from keras_spectral.model.training import set_flags
 from keras_spectral.model.wrap import wrap_model
 
 
@@ -272,7 +272,7 @@ def _prepare_recovery(small, plan, recover, spared):
     if recover == "train":
         halves = [half for layer in plan for half in (layer.down, layer.up)]
         heads = [p.layer for p in kept_places(small, found, None)]
-        freeze_all_but(small, [*plan, *halves, *heads])
+        set_flags(small, [*plan, *halves, *heads])
         return
     ranks_left = {
         re.escape(p.path): {"rank": min(spared, plan[p.layer].rank - 1)}

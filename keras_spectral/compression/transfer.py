@@ -7,6 +7,7 @@ from keras_spectral.compression.compress import low_rank_layer
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
 from keras_spectral.kernels import LowRank
+from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import DecayingLoRA
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.contexts import unwrapped
@@ -47,6 +48,12 @@ def finalize_transfer(model: keras.Model) -> keras.Model:
     adapters = require_adapters(model)
     for adapter in adapters:
         _check_finished(adapter)
+    for host in hosts(model):
+        if len([m for m in host.members if isinstance(m, AdapterLayer)]) > 1:
+            raise ValueError(
+                f"Layer '{host.name}' has several adapters. Expected one for "
+                "each layer: `delete_adapter` drops the others."
+            )
     for copy in hosts(model):
         if isinstance(copy, TrainedCopy):
             copy.fold()
@@ -63,7 +70,13 @@ def finalize_transfer(model: keras.Model) -> keras.Model:
 def _check_finished(adapter):
     adapter.check_active()
     if isinstance(adapter.layer, LowRank):
-        adapter.factors()
+        if not hasattr(adapter, "factors"):
+            adapter.check_mergeable()
+            raise ValueError(
+                f"Layer '{adapter.name}' has a {type(adapter).__name__}, whose "
+                "change is no thin product. Expected one that is, such as "
+                "'lora'."
+            )
     elif not isinstance(adapter, DecayingLoRA):
         raise ValueError(
             f"Layer '{adapter.name}' has a {type(adapter).__name__} on a "
@@ -84,7 +97,7 @@ def _finished(adapter):
     view = adapter.view
     if isinstance(adapter, DecayingLoRA):
         a, b = _in_parts(view, adapter.lora_a, adapter.lora_b, view.groups)
-        layer = low_rank_layer(view, a, b * adapter.scale)
+        layer = low_rank_layer(view, a, b * adapter.amount)
         bias = getattr(adapter.layer, "bias", None)
         if adapter.decay_bias and bias is not None:
             layer.up.bias.assign(bias * adapter.min_decay)
@@ -92,7 +105,7 @@ def _finished(adapter):
     a, b = view.pair()
     more_a, more_b = _in_parts(view, *adapter.factors(), a.shape[0])
     a = ops.concatenate([a, more_a], axis=-1)
-    b = ops.concatenate([b, more_b * adapter.scale], axis=-2)
+    b = ops.concatenate([b, more_b * adapter.amount], axis=-2)
     return low_rank_layer(view, a, b)
 
 

@@ -3,6 +3,7 @@
 from keras_spectral.layers.adalora import AdaLoRADense
 from keras_spectral.layers.adapter import METHODS
 from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.bitfit import BitFit
 from keras_spectral.layers.conditional_spectral import ConditionalSpectralDense
 from keras_spectral.layers.conv_lora import ConvLoRA
 from keras_spectral.layers.decaying_lora import DecayingLoRA
@@ -16,6 +17,7 @@ __all__ = [
     "METHODS",
     "AdaLoRADense",
     "AdapterLayer",
+    "BitFit",
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",

@@ -43,13 +43,14 @@ class BitFit(KernelAdapter):
     default_target = "biases"
     trains = "biases, beside the frozen ones"
     one_direction = True
+    only_bias = True
 
     def __init__(self, layer, **kwargs):
         super().__init__(layer, **kwargs)
 
     @classmethod
     def check_base(cls, layer):
-        if bias_name(layer) is None:
+        if not _will_have_bias(layer):
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) has no bias. "
                 "Expected a layer with a `bias`, or a norm with a `beta`."
@@ -87,8 +88,12 @@ class BitFit(KernelAdapter):
     def delta_matrix(self):
         return ops.zeros((), "float32")
 
-    def _bias(self):
-        return getattr(self.layer, bias_name(self.layer))
+
+def _will_have_bias(layer):
+    if layer.built:
+        return bias_name(layer) is not None
+    options = ("use_bias", "bias_axes", "center")
+    return any(getattr(layer, name, None) for name in options)
 
 
 def bias_name(layer: keras.layers.Layer) -> str | None:

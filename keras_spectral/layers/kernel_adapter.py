@@ -103,12 +103,17 @@ class KernelHost(Host):
             by the Frobenius norm.
         """
         members = self.members if members is None else members
-        matrix = self.merged_matrix(members)
         bias = self.merged_bias(members)
+        if all(m.only_bias for m in members):
+            for member in members:
+                member.check_active()
+            self._bias().assign(bias)
+            return 0.0
+        matrix = self.merged_matrix(members)
         change = _total(members)
         self.view.assign(matrix)
         if bias is not None:
-            self.layer.bias.assign(bias)
+            self._bias().assign(bias)
         if not is_small(self.view.variable().dtype):
             return 0.0
         lost, size = ops.norm(self.view.matrix() - matrix), ops.norm(change)
@@ -124,7 +129,15 @@ class KernelHost(Host):
             for m, c in changes
             if c is not None
         ]
-        return self.layer.bias + sum(changes) if changes else None
+        if not changes:
+            return None
+        total = ops.cast(self._bias(), "float32") + sum(changes)
+        return ops.cast(total, self._bias().dtype)
+
+    def _bias(self):
+        """The variable that holds the base's bias, or a norm's shift."""
+        bias = getattr(self.layer, "bias", None)
+        return self.layer.beta if bias is None else bias
 
     def forwarded(self, base, name):
         view = vars(self).get("view")
@@ -182,6 +195,7 @@ class KernelAdapter(AdapterLayer, KernelHost):
     one_direction = False  # whether it fits no table that is read backwards
     changes_inputs = False
     forms_kernel = False
+    only_bias = False  # whether it leaves the kernel alone
     needs_outputs = False  # whether `change` looks at the base's outputs
     dropout = 0.0
 
@@ -271,6 +285,7 @@ class KernelAdapter(AdapterLayer, KernelHost):
             outputs: What it gave, bias included; `needs_outputs` says that
                 they are looked at.
             training: Boolean.
+            **kwargs: Further arguments of the call.
         """
         raise NotImplementedError
 

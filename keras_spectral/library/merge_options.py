@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_spectral.checks import check_choice
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_rank
+from keras_spectral._internal.checks import check_choice
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_rank
 
 PAIR_METHODS = (
     "cat",

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_spectral.checks import check_number
-from keras_spectral.checks import check_seed
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import check_seed
 from keras_spectral.library.merge_options import DELTA_METHODS
 from keras_spectral.library.merge_options import METHODS
 from keras_spectral.library.merge_options import PAIR_METHODS

@@ -16,6 +16,7 @@ from keras_spectral._internal.tables import show
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.host import Host
 from keras_spectral.model.options import adapter_class_of
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
@@ -193,8 +194,9 @@ def _ids(found):
 
 def _row(place: Place, words, notes):
     layer, method = subject(place.layer), None
-    if isinstance(place.layer, AdapterLayer):
-        method = place.layer.method
+    if isinstance(place.layer, Host):
+        used = [getattr(m, "method", None) for m in place.layer.members]
+        method = ", ".join(filter(None, dict.fromkeys(used))) or None
     try:
         view = kernel_view(layer)
         shape, max_rank = (view.n_in, view.n_out), view.max_rank

@@ -9,18 +9,20 @@ from keras import ops
 
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import check_data
-from keras_spectral._internal.layer_tools import all_layers
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels.spectra import Triplets
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
+from keras_spectral.layers import DecayingLoRA
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
 from keras_spectral.model import surgery
 from keras_spectral.model.hosts import adapter_places
-from keras_spectral.model.hosts import put
+from keras_spectral.model.hosts import exchange_members
+from keras_spectral.model.hosts import keep_all
 from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.training import set_flags
 
 
 def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
@@ -183,12 +185,19 @@ def drop(model: keras.Model, adapters: list[AdapterLayer]) -> None:
     if not adapters:
         return
     with all_or_nothing() as snapshot:
-        put(model, {adapter: adapter.layer for adapter in adapters}, snapshot)
+        keep_all(model, snapshot)
+        exchange_members(model, dict.fromkeys(adapters), snapshot)
 
 
 def _lora_pair(adapter, rank):
     """A, B with the scale in B, and their relative error."""
     view = adapter.view
+    adapter.check_mergeable()
+    if isinstance(adapter, DecayingLoRA):
+        raise ValueError(
+            f"Layer '{adapter.name}' is a DecayingLoRA: what it changes is the "
+            "fading original itself, which has no low rank. Merge it instead."
+        )
     if adapter.is_low_rank:
         a, b = adapter.factors()
         if a.shape[1] <= view.max_rank:
@@ -214,14 +223,20 @@ def exchange(
         make: Gives for an old adapter the new one, unbuilt, and what fills
             it once it is built.
     """
-    swaps: dict = {}
+    changes: dict = {}
     paths: collections.Counter = collections.Counter()
     with all_or_nothing() as snapshot:
-        snapshot.keep_flags(all_layers(model))
+        keep_all(model, snapshot)
         for old in adapters:
-            swaps[old], fill = make(old)
-            surgery.build_in_place(swaps[old], paths[old.layer.path])
-            swaps[old].take_base_from(old)
-            paths[old.layer.path] += 1
+            new, fill = make(old)
+            base = old.layer
+            new.adapter_name = old.adapter_name
+            surgery.build_in_place(new, base, paths[base.path])
+            new.take_base_from(old)
+            new.is_trained = old.is_trained
+            new.set_strength(old.strength())
+            paths[base.path] += 1
             fill()
-        put(model, swaps, snapshot)
+            changes[old] = new
+        exchange_members(model, changes, snapshot)
+        set_flags(model)

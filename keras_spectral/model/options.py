@@ -1,15 +1,14 @@
 """What `wrap_model` makes of a method's name and its options."""
 
 import inspect
-import math
 import warnings
 from typing import Any
 
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral._internal.checks import did_you_mean
-from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.member import count_own
 from keras_spectral.model.counting import count_weights
 from keras_spectral.model.hints import option_hints
 from keras_spectral.model.hints import require
@@ -76,7 +75,7 @@ def check_options(
 
 
 def warn_if_larger(
-    requests: list[tuple[Place, type[AdapterLayer], dict]],
+    requests: list[tuple],
     adapters: list[AdapterLayer],
 ) -> None:
     """Warns of adapters that train more numbers than their bases hold.
@@ -85,10 +84,9 @@ def warn_if_larger(
     do not count.
     """
     larger = []
-    for (place, _, _), adapter in zip(requests, adapters):
+    for (place, *_), adapter in zip(requests, adapters):
         base = count_weights(adapter.layer)
-        own = [w for w in own_variables(adapter) if w.trainable]
-        trained = sum(math.prod(w.shape) for w in own)
+        trained = count_own(adapter, trainable=True)
         if trained > base >= _WORTH_NAMING:
             larger.append((trained / base, place.path, trained, base))
     if larger:

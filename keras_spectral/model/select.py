@@ -9,7 +9,10 @@ import keras
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.blocks.kinds import block_kind
 from keras_spectral.kernels import LowRank
+from keras_spectral.layers import BitFit
 from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hints import ATTENTION
 from keras_spectral.model.hints import require
 from keras_spectral.model.paths import Place
@@ -29,6 +32,8 @@ Target = (
 )
 
 _LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+# What `trainable` takes beside regexes.
+_WORDS = ("biases", "norms")
 _CONV = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
@@ -37,7 +42,7 @@ def select(
     candidates: list[Place],
     target: Target,
     exclude: Target | None = None,
-    adapter: type[AdapterLayer] = AdapterLayer,
+    adapter: type[AdapterLayer] = KernelAdapter,
 ) -> list[Place]:
     """The places that a target means, less those that `exclude` means.
 
@@ -72,7 +77,7 @@ def select(
 
 
 def adaptable(
-    candidates: list[Place], adapter: type[AdapterLayer] = AdapterLayer
+    candidates: list[Place], adapter: type[AdapterLayer] = KernelAdapter
 ) -> list[Place]:
     """The places whose layers an adapter class fits."""
     fitting = [p for p in candidates if _fits(adapter, subject(p.layer))]
@@ -84,7 +89,7 @@ def chosen_by_presets(
     model: keras.Model, candidates: list[Place]
 ) -> dict[str, set[int]]:
     """The ids of the places that each preset word chooses."""
-    search = _Search(model, candidates, AdapterLayer)
+    search = _Search(model, candidates, KernelAdapter)
     return {
         word: {id(place) for place in search.matching(word)}
         for word in _PRESETS
@@ -130,6 +135,10 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
         )
     kept = []
     for pattern in trainable:
+        if pattern == "norms":
+            kept += [p for p in candidates if _is_norm(subject(p.layer))]
+        if pattern in _WORDS:
+            continue
         for place in require(candidates, pattern, "trainable"):
             inside = f"{place.path}/"
             kept += [
@@ -138,6 +147,36 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
                 if other is place or other.path.startswith(inside)
             ]
     return kept
+
+
+def bias_places(
+    candidates: list[Place], trainable, kept: list[Place]
+) -> list[Place]:
+    """The places whose biases train, where `trainable` says "biases".
+
+    Layers that train as copies need nothing for it.
+    """
+    words = [trainable] if isinstance(trainable, str) else trainable or ()
+    if "biases" not in words:
+        return []
+    whole = {id(place.layer) for place in kept}
+    found = [
+        p
+        for p in _biases(None, candidates)
+        if id(p.layer) not in whole and not isinstance(p.layer, TrainedCopy)
+    ]
+    if not found:
+        raise ValueError(
+            "Received trainable='biases', and no layer has a bias or a norm's "
+            "shift. Expected another choice."
+        )
+    return found
+
+
+def _is_norm(layer):
+    return type(layer).__name__.endswith(("Norm", "Normalization")) and bool(
+        own_variables(layer)
+    )
 
 
 def _first_half(layer):
@@ -291,6 +330,12 @@ def _all(model, candidates):
     return adaptable(candidates)
 
 
+def _biases(model, candidates):
+    """Every layer with a bias, and norms with a shift."""
+    built = [p for p in candidates if subject(p.layer).built]
+    return [p for p in built if _fits(BitFit, subject(p.layer))]
+
+
 def _blocks(model, candidates):
     """Transformer blocks, and attention layers that stand in none."""
     chosen = []
@@ -313,6 +358,7 @@ _PRESETS = {
     "blocks": _blocks,
     "all-linear": _all_linear,
     "conv": _conv,
+    "biases": _biases,
     "all": _all,
 }
 

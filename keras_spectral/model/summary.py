@@ -12,9 +12,12 @@ from keras_spectral._internal.layer_tools import all_layers
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral._internal.tables import grouped
 from keras_spectral._internal.tables import show
-from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.host import Host
+from keras_spectral.layers.member import own_weights
+from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.counting import count_variables
 from keras_spectral.model.counting import count_weights
+from keras_spectral.model.hosts import adapter_places
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
 
@@ -33,6 +36,8 @@ class SummaryRow:
     rank: int | None
     trainable: int
     frozen: int
+    adapter: str | None = None
+    strength: float | None = None
 
     @property
     def total(self) -> int:
@@ -68,7 +73,8 @@ def adapter_summary(
 ) -> Summary:
     """Prints a table of adapters and other trained layers, with counts.
 
-    Layers of one name, method, rank and size share a line, `12 x .../query`,
+    With several adapters it also says of each row whose it is, and at what
+    strength. Layers of one name, method, rank and size share a line, `12 x .../query`,
     with their counts added up; the rows that are returned are of single
     layers. Other layers that train beside the adapters are marked "trained".
     Below stand layers with a raw kernel, which is no Dense, Conv or Embedding
@@ -93,10 +99,14 @@ def adapter_summary(
     Summary(1 adapters, 48 of 185 weights trainable)
     """
     check_model(model)
-    found = [_row(place) for place in places(model)] + _shared_rows(model)
-    rows = tuple(r for r in found if r.method is not None or r.trainable)
+    found = [row for place in places(model) for row in _rows(place)]
+    found += _shared_rows(model)
+    rows = tuple(r for r in found if r.adapter is not None or r.trainable)
     raw = tuple(
-        _row(place) for place in places(model) if _holds_raw_kernel(place.layer)
+        row
+        for place in places(model)
+        if _holds_raw_kernel(place.layer)
+        for row in _rows(place)
     )
     summary = Summary(
         rows, raw, count_weights(model, trainable=True), count_weights(model)
@@ -105,39 +115,56 @@ def adapter_summary(
     return summary
 
 
-def _row(place):
-    layer = place.layer
-    if isinstance(layer, AdapterLayer):
-        kind = type(layer.layer).__name__
-        method, rank = layer.method, getattr(layer, "rank", None)
-        weights = [*own_variables(layer), *layer.layer.weights]
-        owners = [layer, *all_layers(layer.layer)]
-    else:
-        kind, method, rank = type(subject(layer)).__name__, None, None
-        weights, owners = own_variables(layer), [layer]
+def _rows(place):
+    """A row for each member of a host, or the one of a plain layer."""
+    if not isinstance(place.layer, Host):
+        own = own_variables(place.layer)
+        return [_counted(place, own, [place.layer])]
+    base = place.layer.layer
+    whole = not isinstance(place.layer, TrainedCopy)
+    rows = []
+    for member in place.layer.members:
+        method = getattr(member, "method", None)
+        own, owners = own_weights(member), [member]
+        if whole and not rows:  # the base counts once
+            own, owners = [*own, *base.weights], [member, *all_layers(base)]
+        row = _counted(place, own, owners)
+        rows.append(
+            dataclasses.replace(
+                row,
+                method=method,
+                rank=getattr(member, "rank", None),
+                adapter=member.adapter_name,
+                strength=member.strength(),
+            )
+        )
+    if not whole:
+        rows.append(_counted(place, own_variables(base), [base]))
+    return rows
+
+
+def _counted(place, weights, owners):
     trains = [w for w in weights if w.trainable]
     trainable = count_variables(trains, owners)
     frozen = count_variables(weights, owners) - trainable
-    return SummaryRow(place.path, kind, method, rank, trainable, frozen)
+    kind = type(subject(place.layer)).__name__
+    return SummaryRow(place.path, kind, None, None, trainable, frozen)
 
 
 def _shared_rows(model):
     """A row for each layer that several adapters share."""
-    rows = {}
-    for place in places(model):
-        if isinstance(place.layer, AdapterLayer) and place.layer.shared:
-            shared = place.layer.shared
-            trainable = count_weights(shared, trainable=True)
-            frozen = count_weights(shared) - trainable
-            rows[id(shared)] = SummaryRow(
-                shared.name,
-                type(shared).__name__,
-                None,
-                None,
-                trainable,
-                frozen,
-            )
-    return list(rows.values())
+    shared = {
+        id(place.layer.shared): place.layer.shared
+        for place in adapter_places(model)
+        if place.layer.shared is not None
+    }
+    rows = []
+    for layer in shared.values():
+        trainable = count_weights(layer, trainable=True)
+        frozen = count_weights(layer) - trainable
+        kind = type(layer).__name__
+        rows.append(SummaryRow(layer.name, kind, None, None, trainable, frozen))
+    return rows
 
 
 def _holds_raw_kernel(layer):
@@ -150,7 +177,7 @@ def _holds_raw_kernel(layer):
         keras.layers.SeparableConv1D,
         keras.layers.SeparableConv2D,
     )
-    if isinstance(layer, AdapterLayer) or isinstance(subject(layer), known):
+    if isinstance(layer, Host) or isinstance(subject(layer), known):
         return False
     return any(
         sum(size > 1 for size in weight.shape) > 1
@@ -165,6 +192,9 @@ def _table(model, summary):
         padding=(0, 1, 0, 0),
     )
     table.add_column("layer", overflow="fold", ratio=1)
+    several = len({row.adapter for row in summary.rows} - {None}) > 1
+    if several:
+        table.add_column("adapter", overflow="fold")
     table.add_column("method", no_wrap=True)
     for name in ("rank", "trainable", "frozen", "total"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -173,8 +203,10 @@ def _table(model, summary):
             row = group[0]
             rank = "" if row.rank is None else str(row.rank)
             counts = (row.trainable, row.frozen, row.total)
+            name = [_named(row)] if several else []
             table.add_row(
                 label,
+                *name,
                 row.method or note,
                 rank,
                 *(f"{len(group) * n:,}" for n in counts),
@@ -185,6 +217,7 @@ def _table(model, summary):
     counts = (summary.trainable, frozen, summary.total)
     table.add_row(
         f"whole model, {share:.3g} %",
+        *([""] if several else []),
         "",
         "",
         *(f"{n:,}" for n in counts),
@@ -192,5 +225,19 @@ def _table(model, summary):
     return table
 
 
+def _named(row):
+    """An adapter's name, and its strength where that is not 1."""
+    if row.adapter is None:
+        return ""
+    if row.strength == 1:
+        return row.adapter
+    return (
+        f"{row.adapter} ({row.strength:.3g})"
+        if row.strength
+        else (f"{row.adapter} (off)")
+    )
+
+
 def _size(row):
-    return row.kind, row.method, row.rank, row.trainable, row.frozen
+    counts = row.trainable, row.frozen
+    return row.kind, row.method, row.rank, *counts, row.adapter, row.strength

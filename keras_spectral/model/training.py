@@ -23,9 +23,16 @@ def tree(model: keras.Model) -> list[keras.layers.Layer]:
     return [model, *(place.layer for place in places(model))]
 
 
-def set_flags(model: keras.Model) -> None:
-    """Freezes all but the members that are to train and the way to them."""
-    active = {}
+def set_flags(
+    model: keras.Model, kept: Iterable[keras.layers.Layer] = ()
+) -> None:
+    """Freezes all but the members that are to train and the way to them.
+
+    Args:
+        model: The model.
+        kept: Plain layers that train as well.
+    """
+    active, kept = {}, {id(layer) for layer in kept}
 
     def is_active(layer):
         if id(layer) not in active:
@@ -34,12 +41,13 @@ def set_flags(model: keras.Model) -> None:
             own = isinstance(layer, Host) and any(
                 member.is_trained for member in layer.members
             )
+            own = own or id(layer) in kept
             active[id(layer)] = own or any(below)
         return active[id(layer)]
 
     for layer in tree(model):
         if not isinstance(layer, Host):
-            set_trainable(layer, is_active(layer), False)
+            set_trainable(layer, is_active(layer), id(layer) in kept)
             continue
         for member in layer.members:
             member.trainable = member.is_trained

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import keras
 
@@ -15,6 +16,7 @@ from keras_spectral._internal.layer_tools import trainable_flags
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels.spectra import factorize
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers import BitFit
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.trained_copy import NamedCopy
 from keras_spectral.layers.trained_copy import TrainedCopy
@@ -41,11 +43,18 @@ from keras_spectral.model.paths import describe
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
 from keras_spectral.model.select import Target
-from keras_spectral.model.select import bias_requests
+from keras_spectral.model.select import bias_places
 from keras_spectral.model.select import kept_places
 from keras_spectral.model.select import select
 
-Request = tuple[Place, type[AdapterLayer], dict]
+
+class Request(NamedTuple):
+    """What a place is to be given: a method, its options, the name."""
+
+    place: Place
+    kind: type[AdapterLayer]
+    options: dict
+    name: str = "default"
 
 
 def wrap_model(
@@ -135,9 +144,11 @@ def wrap_model(
     per_layer = options_per_layer(chosen, options, overrides or {})
     check_options(adapter_class, per_layer)
     requests = [
-        (place, adapter_class, per_layer[place.path]) for place in chosen
+        Request(place, adapter_class, per_layer[place.path], adapter)
+        for place in chosen
     ]
-    requests += bias_requests(candidates, trainable)
+    for place in bias_places(candidates, trainable, kept):
+        requests.append(Request(place, BitFit, {}, adapter))
 
     for other in also:
         check_model(other)
@@ -148,7 +159,7 @@ def wrap_model(
     def prepare(adapters):
         give_triplets(adapters, svd_cache)
 
-    wrap_places(model, requests, kept, adapter, prepare)
+    wrap_places(model, requests, [(p, adapter) for p in kept], prepare)
     return model
 
 
@@ -171,18 +182,19 @@ def give_triplets(
 def wrap_places(
     model: keras.Model,
     requests: list[Request],
-    kept: list[Place],
-    name: str = "default",
+    kept: list[tuple[Place, str]],
     prepare: Callable[[list[AdapterLayer]], None] = give_triplets,
-    fill: Callable[[list], None] = lambda made: None,
+    fill: Callable[[list[Place]], None] = lambda made: None,
 ) -> None:
-    """Gives places new members of one name, all or none.
+    """Gives places new members, all or none.
+
+    Those whose names are new to a model with other ones become the only
+    active ones.
 
     Args:
         model: The model they are in.
-        requests: For each place the adapter class and its options.
-        kept: Places that train as copies of themselves.
-        name: The adapter's name.
+        requests: What becomes of each place.
+        kept: Places that train as copies of themselves, and with what name.
         prepare: Called with the adapters before they are built.
         fill: Called with the places of built members, before these are put
             in: adapters in the order of `requests`, then copies.
@@ -193,8 +205,8 @@ def wrap_places(
             "`unwrapped` or `merged` block lasts. Expected that it is wrapped "
             "after the block."
         )
-    for adapter_class in {adapter_class for _, adapter_class, _ in requests}:
-        adapter_class.check_model(model)
+    for kind in {request.kind for request in requests}:
+        kind.check_model(model)
     with all_or_nothing() as snapshot, scope_of(model):
         keep_all(model, snapshot)
         if not hosts(model):
@@ -202,36 +214,46 @@ def wrap_places(
                 FLAGS.pop(layer, None)
         flags = {id(x): trainable_flags(x) for x in training.tree(model)}
         new: list[Place] = []
-        for place, adapter_class, options in requests:
+        for place, kind, options, name in requests:
             with _named(place):
                 base = subject(place.layer)
-                made = adapter_class(base, adapter_name=name, **options)
+                made = kind(base, adapter_name=name, **options)
                 new.append(Place(place.path, place.key, made))
         adapters = [place.layer for place in new]
         prepare(adapters)
-        same = [p.layer for p in adapter_places(model, names=[name])]
-        for kind in {type(adapter) for adapter in adapters}:
-            group = [a for a in [*adapters, *same] if type(a) is kind]
-            kind.connect(group)
-        taken = {id(place.layer) for place, _, _ in requests}
-        for place in kept:
-            if id(place.layer) not in taken and _can_train(place, name):
+        _connect(adapters, adapter_places(model))
+        taken = {
+            (id(request.place.layer), request.name) for request in requests
+        }
+        for place, name in kept:
+            trains = (id(place.layer), name) not in taken
+            if trains and _can_train(place, name):
                 made = NamedCopy(subject(place.layer), name)
                 new.append(Place(place.path, place.key, made))
         _build(new)
         fill(new)
         warn_if_larger(requests, adapters)
         before = [x for x in training.tree(model) if not isinstance(x, Host)]
-        others = [n for n in names_in(model) if n != name]
-        is_new = name not in names_in(model)
+        known = names_in(model)
         put(model, _swaps(model, new), snapshot)
         for layer in before:
             FLAGS.setdefault(layer, flags[id(layer)])
-        if others and is_new:
+        if known and any(p.layer.adapter_name not in known for p in new):
             for member in members(model):
-                member.is_trained = member.adapter_name == name
-                member.set_strength(float(member.is_trained))
+                if member.adapter_name in known:
+                    member.is_trained = False
+                    member.set_strength(0.0)
         training.set_flags(model)
+
+
+def _connect(adapters, old):
+    """Lets new adapters share what those of a kind and a name share."""
+    groups = collections.defaultdict(list)
+    for adapter in [*adapters, *(place.layer for place in old)]:
+        groups[type(adapter), adapter.adapter_name].append(adapter)
+    new = {(type(adapter), adapter.adapter_name) for adapter in adapters}
+    for kind, name in new:
+        kind.connect(groups[kind, name])
 
 
 def _build(new):
@@ -279,8 +301,9 @@ def _can_train(place, name):
         if own or not place.layer.layer.weights or place.layer.opens_base:
             return False
         raise ValueError(
-            f"'{place.path}' has an adapter '{place.layer.members[0].adapter_name}'"
-            f" and cannot train as a copy for adapter '{name}' beside it. "
+            f"'{place.path}' has adapter "
+            f"'{place.layer.members[0].adapter_name}' and cannot train as a "
+            f"copy for adapter '{name}' beside it. "
             "Expected `trainable=` without this layer, such as `trainable=[]`."
         )
     return bool(place.layer._trainable_variables)

@@ -10,18 +10,25 @@ import numpy as np
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.layers import METHODS
-from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.trained_copy import NamedCopy
+from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import names_in
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
+from keras_spectral.model.paths import subject
+from keras_spectral.model.wrap import Request
 from keras_spectral.model.wrap import wrap_places
 from keras_spectral.saving.checksum import check_base_values
 from keras_spectral.saving.fresh import connect_as_saved
 from keras_spectral.saving.fresh import give_placeholders
 from keras_spectral.saving.fresh import let_go
 from keras_spectral.saving.fresh import limit_to_tensors
+from keras_spectral.saving.naming import entry_slot
 from keras_spectral.saving.naming import fingerprint
+from keras_spectral.saving.naming import head_slot
 from keras_spectral.saving.naming import is_close
 from keras_spectral.saving.naming import named_weights
+from keras_spectral.saving.naming import slot
 
 _WITHOUT_HEAD = (
     "For models that differ in their heads only, such as in the number of "
@@ -47,43 +54,79 @@ def apply_adapters(
         )
     by_key = {place.key: place for place in found}
     entries = _check_entries(metadata["adapters"], by_key, path)
-    heads = [by_key[key] for key in _known(metadata["trainable"], by_key, path)]
-    wrapped = {p.key: p for p in found if isinstance(p.layer, AdapterLayer)}
-    if wrapped:
-        _check_same(entries, wrapped, path)
-    names = set(tensors)
-    doubt = check_base_values(found, metadata, names, path, strict)
+    heads = metadata["trainable"]
+    _known([head["path"] for head in heads], by_key, path)
+    present = names_in(model)
+    old = [e for e in entries if e["adapter"] in present]
+    new = [e for e in entries if e["adapter"] not in present]
+    old_heads = [h for h in heads if h["adapter"] in present]
+    new_heads = [h for h in heads if h["adapter"] not in present]
+    _check_same(old, model, path)
+    doubt = check_base_values(found, metadata, set(tensors), path, strict)
     scales = None
     if "values" in metadata:  # files of version 0.1 do not tell them
-        scales = {e["path"]: e.get("scale") for e in entries}
-    if wrapped:
-        with all_or_nothing() as snapshot:
-            targets = [*wrapped.values(), *heads]
-            _fill(targets, tensors, path, scales, snapshot)
-    else:
-        _wrap_and_fill(model, by_key, entries, heads, tensors, path, scales)
+        scales = {entry_slot(e): e.get("scale") for e in entries}
+    left = dict(tensors)
+    with all_or_nothing() as snapshot:
+        if old:
+            adapters, trained = _targets(model, old, old_heads)
+            _fill(adapters, trained, left, path, scales, snapshot)
+        if new:
+            kept = [(by_key[h["path"]], h["adapter"]) for h in new_heads]
+            _wrap_and_fill(
+                model, by_key, new, kept, left, path, scales, metadata
+            )
+        _check_used(left, path)
     if doubt is not None:
         warnings.warn(doubt, stacklevel=3)
     return model
 
 
-def _wrap_and_fill(model, by_key, entries, heads, tensors, path, scales):
-    """Wraps a plain model as a file says and gives it the file's tensors."""
-    requests = [
-        (by_key[e["path"]], METHODS[e["method"]], e["options"]) for e in entries
+def requests_of(entries: list[dict], by_key: dict[str, Place]) -> list[Request]:
+    """What `wrap_places` is asked for by descriptions of adapters."""
+    return [
+        Request(
+            by_key[e["path"]], METHODS[e["method"]], e["options"], e["adapter"]
+        )
+        for e in entries
     ]
 
+
+def _targets(model, entries, heads):
+    """Where adapters and trained layers are that a file describes."""
+    names = {entry["adapter"] for entry in entries}
+    adapters = adapter_places(model, names=names)
+    by_key = {place.key: place for place in places(model)}
+    trained = []
+    for head in heads:
+        place = by_key[head["path"]]
+        for member in getattr(place.layer, "members", ()):
+            if member.adapter_name == head["adapter"]:
+                place = Place(place.path, place.key, member)
+        trained.append((place, head["adapter"]))
+    return adapters, trained
+
+
+def _wrap_and_fill(model, by_key, entries, kept, left, path, scales, metadata):
+    """Puts what a file describes into a model and gives it its tensors."""
     limited = []
 
     def fill(made):
         let_go(limited)
-        wanted = [*(place for place, _, _ in requests), *heads]
-        _fill(
-            [Place(p.path, p.key, made.get(p.layer, p.layer)) for p in wanted],
-            tensors,
-            path,
-            scales,
-        )
+        adapters = [p for p in made if not isinstance(p.layer, NamedCopy)]
+        copies = {
+            (p.key, p.layer.adapter_name): p
+            for p in made
+            if isinstance(p.layer, NamedCopy)
+        }
+        trained = [
+            (copies.get((place.key, name), place), name) for place, name in kept
+        ]
+        _fill(adapters, trained, left, path, scales)
+        for place in made:
+            name = place.layer.adapter_name
+            strength = metadata.get("strengths", {}).get(name, 1.0)
+            place.layer.set_strength(strength)
 
     def prepare(adapters):
         give_placeholders(adapters)
@@ -91,42 +134,50 @@ def _wrap_and_fill(model, by_key, entries, heads, tensors, path, scales):
         connect_as_saved(adapters, numbers)
         for adapter, entry in zip(adapters, entries):
             limited.append(adapter)
-            limit_to_tensors(adapter, entry["path"], tensors, path)
+            limit_to_tensors(adapter, entry_slot(entry), left, path)
             if adapter.shared is not None:
                 limited.append(adapter.shared)
                 name = f"shared/{entry['shared']}"
-                limit_to_tensors(adapter.shared, name, tensors, path)
+                limit_to_tensors(adapter.shared, name, left, path)
 
     try:
-        wrap_places(model, requests, heads, prepare, fill)
+        wrap_places(model, requests_of(entries, by_key), kept, prepare, fill)
     except (TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(
             f"{path} has options that no adapter takes ({error})."
         ) from error
 
 
-def _fill(targets, tensors, path, scales, snapshot=None):
-    variables = named_weights(targets)
-    missing = sorted(variables.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - variables.keys())
-    if missing or unexpected:
+def _fill(adapters, heads, left, path, scales, snapshot=None):
+    """Gives weights their tensors, and takes these out of `left`."""
+    variables = named_weights(adapters, heads)
+    missing = sorted(variables.keys() - left.keys())
+    if missing:
+        unexpected = sorted(left.keys() - variables.keys())
         raise ValueError(
             f"{path} does not hold exactly the adapters' tensors: missing "
             f"{missing[:4]}, unexpected {unexpected[:4]}."
         )
     for name, variable in variables.items():
-        if tuple(tensors[name].shape) != tuple(variable.shape):
+        if tuple(left[name].shape) != tuple(variable.shape):
             raise ValueError(
-                f"{path}: tensor '{name}' has shape {tensors[name].shape}, "
+                f"{path}: tensor '{name}' has shape {left[name].shape}, "
                 f"the model needs {tuple(variable.shape)}."
             )
-    for place in targets if scales is not None else ():
-        if isinstance(place.layer, AdapterLayer):
-            _check_scale(place, variables, tensors, scales, path)
+    for place in adapters if scales is not None else ():
+        _check_scale(place, variables, left, scales, path)
     if snapshot is not None:
         snapshot.keep_values(variables.values())
     for name, variable in variables.items():
-        variable.assign(tensors[name])
+        variable.assign(left.pop(name))
+
+
+def _check_used(left, path):
+    if left:
+        raise ValueError(
+            f"{path} does not hold exactly the adapters' tensors: missing [], "
+            f"unexpected {sorted(left)[:4]}."
+        )
 
 
 def _check_entries(entries, by_key, path):
@@ -155,18 +206,24 @@ def _known(keys, by_key, path):
     return keys
 
 
-def _check_same(entries, wrapped, path):
-    saved = {e["path"]: (e["method"], e["options"]) for e in entries}
+def _check_same(entries, model, path):
+    """Raises unless adapters of known names are those that a file has."""
+    names = {entry["adapter"] for entry in entries}
+    saved = {entry_slot(e): e["options"] for e in entries}
     present = {
-        key: (place.layer.method, _through_json(place.layer.options()))
-        for key, place in wrapped.items()
+        slot(p.key, p.layer.adapter_name, p.layer.method): _through_json(
+            p.layer.options()
+        )
+        for p in adapter_places(model, names=names)
     }
     for key in sorted(saved.keys() | present.keys()):
         if saved.get(key) != present.get(key):
             raise ValueError(
-                f"{path} does not fit the wrapped model at '{key}': the file "
-                f"has {saved.get(key)}, the model {present.get(key)}. Wrap "
-                "the model in the same way, or `unwrap_model` it and load."
+                f"{path} does not fit the wrapped model at '{key}' (its path, "
+                f"adapter and method): the file has {saved.get(key)}, the "
+                f"model {present.get(key)}. Wrap the model in the same way, "
+                "`unwrap_model` it and load, or give the file's adapter "
+                "another name (`adapter=`)."
             )
 
 
@@ -176,7 +233,8 @@ def _through_json(options):
 
 def _check_scale(place, variables, tensors, scales, path):
     """Raises if a stored scale is not what the adapter's options make it."""
-    expected = scales[place.key]
+    layer = place.layer
+    expected = scales[slot(place.key, layer.adapter_name, layer.method)]
     if expected is None:
         expected = place.layer.initial_scale()
     for name, variable in variables.items():
@@ -192,10 +250,11 @@ def _check_scale(place, variables, tensors, scales, path):
 def _difference(found, tensors, metadata):
     """What differs between a model and the file's, as far as one can see."""
     by_key = {place.key: place.layer for place in found}
-    for key in metadata["trainable"]:
-        own = own_variables(by_key[key]) if key in by_key else []
+    for head in metadata["trainable"]:
+        key = head["path"]
+        own = own_variables(subject(by_key[key])) if key in by_key else []
         for variable in own:
-            saved = tensors.get(f"{key}/{variable.name}")
+            saved = tensors.get(f"{head_slot(head)}/{variable.name}")
             if saved is not None and saved.shape != tuple(variable.shape):
                 return (
                     f"'{key}/{variable.name}' has shape {saved.shape} in the "

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
-from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.host import Host
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import subject
@@ -30,7 +30,11 @@ def base_values(found: list[Place]) -> dict[str, Any]:
 
     Layers that train beside the adapters are left out.
     """
-    wrapped = [p for p in found if isinstance(p.layer, AdapterLayer)]
+    wrapped = [
+        p
+        for p in found
+        if isinstance(p.layer, Host) and not isinstance(p.layer, TrainedCopy)
+    ]
     others = sorted(_other_weights(found).items())
     picked = _spread(len(others), _WEIGHTS)
     return {
@@ -80,8 +84,10 @@ def check_base_values(
         f"rounding does, at {', '.join(map(repr, shown[:3]))}{more}. Load the "
         "base's own weights into the model first."
     )
-    own = [f"{key}/{name}" for key in kernels for name in _OWN_FACTORS]
-    held = [name.rsplit("/", 1)[0] for name in own if name in names]
+    # Names are `key/adapter/method/weight`.
+    split = [name.rsplit("/", 3) for name in names]
+    own = {parts[0] for parts in split if parts[-1] in _OWN_FACTORS}
+    held = [key for key in kernels if key in own]
     if held and strict:
         raise ValueError(
             f"{message} The adapter at {held[0]!r} holds factors of that "
@@ -158,7 +164,7 @@ def _other_weights(found, wanted=None):
     """
     named = {}
     for place in found:
-        if isinstance(place.layer, AdapterLayer | TrainedCopy):
+        if isinstance(place.layer, Host):
             continue
         own = own_variables(place.layer)
         if wanted is None and any(variable.trainable for variable in own):

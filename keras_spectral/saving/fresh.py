@@ -17,6 +17,8 @@ _SMALL = 2**20  # numbers that are too few to be worth a look
 def give_placeholders(adapters: Iterable[AdapterLayer]) -> None:
     """Spares the work of factorising kernels whose factors the file has."""
     for adapter in adapters:
+        if type(adapter).triplets_needed is AdapterLayer.triplets_needed:
+            continue
         view = adapter.view_of(adapter.layer)
         count = adapter.triplets_needed(view)
         # More than there are: building says so.

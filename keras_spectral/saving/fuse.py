@@ -22,6 +22,9 @@ from keras_spectral.model.paths import places
 from keras_spectral.saving.adapter_file import load_adapters
 from keras_spectral.saving.applying import apply_adapters
 from keras_spectral.saving.checksum import check_base_values
+from keras_spectral.saving.naming import entry_slot
+from keras_spectral.saving.naming import head_slot
+from keras_spectral.saving.reading import chosen
 from keras_spectral.saving.reading import read_adapters
 
 _SAME = 1e-3  # relative difference of factors of one base
@@ -77,7 +80,7 @@ def fuse_adapters(
             f"Model '{model.name}' has adapters. Expected the plain base: "
             "unwrap or merge it first."
         )
-    contents = [read_adapters(file) for file in files]
+    contents = [_read(file) for file in files]
     heads = [metadata["trainable"] for _, metadata in contents]
     for file, (_, metadata), names in zip(files, contents, heads):
         if metadata["base"] != contents[0][1]["base"] or names != heads[0]:
@@ -88,9 +91,15 @@ def fuse_adapters(
     for file, content in zip(files, contents):
         _check_base(model, content, file)
     if method == "average":
-        return _average(model, files, weights, heads[0])
+        keys = [head["path"] for head in heads[0]]
+        return _average(model, files, weights, keys)
     fused = _fused_columns(files, contents, weights)
     return apply_adapters(model, *fused, " and ".join(map(str, files)))
+
+
+def _read(file):
+    """What is in a file of one adapter, by the name "default"."""
+    return chosen(*read_adapters(file), "default", file)
 
 
 def _check_weights(files, weights):
@@ -125,14 +134,14 @@ def _fused_columns(files, contents, weights):
     shifted = set()  # where a file has a shift of S
     for file, (given, metadata), weight in zip(files, contents, weights):
         for entry in metadata["adapters"]:
-            key, options = entry["path"], entry["options"]
+            key, options = entry_slot(entry), entry["options"]
             if (entry["method"], options.get("mode")) != (
                 SpectralDense.method,
                 "additive",
             ):
                 raise ValueError(
                     f"{file} has method {entry['method']!r} "
-                    f"(mode {options.get('mode')!r}) at '{key}'. Expected "
+                    f"(mode {options.get('mode')!r}) at '{entry['path']}'. Expected "
                     "SpectralDense in mode 'additive'; other adapters fuse "
                     "with method='average'."
                 )
@@ -151,8 +160,9 @@ def _fused_columns(files, contents, weights):
             except ValueError as error:
                 raise ValueError(f"{file}, at '{key}': {error}") from error
         share = weight / sum(weights)
+        heads = [head_slot(head) for head in metadata["trainable"]]
         for name in given:
-            if name.rsplit("/", 1)[0] in metadata["trainable"]:
+            if name.rsplit("/", 1)[0] in heads:
                 tensors[name] = tensors.get(name, 0) + share * given[name]
     entries = []
     for key, found in columns.items():
@@ -164,7 +174,8 @@ def _fused_columns(files, contents, weights):
         tensors[f"{key}/scale"] = np.float32(1.0)
         options = {"rank": len(order), "mode": "additive", "columns": order}
         options["shift_values"] = key in shifted
-        entry = {"path": key, "method": SpectralDense.method}
+        path, adapter, name = key.rsplit("/", 2)
+        entry = {"path": path, "adapter": adapter, "method": name}
         entries.append({**entry, "options": options})
     metadata = {**contents[0][1], "adapters": entries}
     metadata.pop("values", None)  # each file's were looked at
@@ -224,7 +235,7 @@ def _check_base(model, content, file):
     by_key = {place.key: place for place in places(model)}
     for entry in metadata["adapters"]:
         key = entry["path"]
-        names = [f"{key}/{name}" for name in ("u", "s", "v")]
+        names = [f"{entry_slot(entry)}/{name}" for name in ("u", "s", "v")]
         if key not in by_key or not all(name in tensors for name in names):
             continue  # not spectral; loading says what is wrong with it
         u, s, v = (tensors[name] for name in names)

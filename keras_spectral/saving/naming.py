@@ -3,13 +3,34 @@
 import hashlib
 import math
 
+import keras
+
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
-from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers.member import Member
+from keras_spectral.layers.member import own_weights
+from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import subject
 
+TRAINED = "trained"
 
-def adapter_entries(adapters):
+
+def slot(key: str, adapter: str, method: str) -> str:
+    """Where a file keeps a member's tensors: `slot/weight`."""
+    return f"{key}/{adapter}/{method}"
+
+
+def entry_slot(entry: dict) -> str:
+    """The same of an adapter that a file describes."""
+    return slot(entry["path"], entry["adapter"], entry["method"])
+
+
+def head_slot(head: dict) -> str:
+    """The same of a layer that trains beside an adapter."""
+    return slot(head["path"], head["adapter"], TRAINED)
+
+
+def adapter_entries(adapters: list[Place]) -> list[dict]:
     """What the file says of each adapter."""
     numbers = _shared_numbers(adapters)
     entries = []
@@ -17,6 +38,7 @@ def adapter_entries(adapters):
         layer = place.layer
         entry = {
             "path": place.key,
+            "adapter": layer.adapter_name,
             "method": layer.method,
             "options": layer.options(),
         }
@@ -29,29 +51,41 @@ def adapter_entries(adapters):
     return entries
 
 
-def _shared_numbers(found):
+def _shared_numbers(adapters):
     """Numbers the layers that adapters share, in the order of the places."""
     numbers = {}
-    for place in found:
+    for place in adapters:
         shared = getattr(place.layer, "shared", None)
-        if isinstance(place.layer, AdapterLayer) and shared is not None:
+        if shared is not None:
             numbers.setdefault(id(shared), len(numbers))
     return numbers
 
 
-def named_weights(found):
-    """Layers' own weights by name in the file, random state left out."""
+def named_weights(
+    adapters: list[Place], heads: list[tuple[Place, str]]
+) -> dict[str, keras.Variable]:
+    """Weights by their name in the file, random state left out.
+
+    Args:
+        adapters: Where adapters are.
+        heads: Where copies or plain layers train, and with which adapter.
+    """
     named = {}
-    numbers = _shared_numbers(found)
-    for place in found:
-        own = {}
-        for variable in own_variables(place.layer):
-            name = f"{place.key}/{variable.name}"
-            while name in own:
+    numbers = _shared_numbers(adapters)
+    found = [
+        (slot(p.key, p.layer.adapter_name, p.layer.method), p.layer)
+        for p in adapters
+    ]
+    found += [(slot(p.key, name, TRAINED), p.layer) for p, name in heads]
+    for start, layer in found:
+        plain = not isinstance(layer, Member)
+        for variable in own_variables(layer) if plain else own_weights(layer):
+            name = f"{start}/{variable.name}"
+            while name in named:
                 name += "_"
-            own[name] = variable
-        named |= own
-        if isinstance(place.layer, AdapterLayer) and place.layer.shared:
+            named[name] = variable
+    for place in adapters:
+        if place.layer.shared is not None:
             number = numbers[id(place.layer.shared)]
             for variable in own_variables(place.layer.shared):
                 named[f"shared/{number}/{variable.name}"] = variable
