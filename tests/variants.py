@@ -69,7 +69,7 @@ class Variant:
         weights = {
             weight.name: np.float64(ops.convert_to_numpy(weight))
             for weight in own_variables(adapter)
-            if weight.name != "scale"
+            if weight.name not in ("scale", "strength")
         }
         return np.float32(self.formula(self, adapter, **weights))
 

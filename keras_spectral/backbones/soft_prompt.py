@@ -30,8 +30,8 @@ class PromptHost(Host):
         take_signature(self, layer)
 
     def call(self, inputs, **kwargs):
-        on = [m for m in self.members if not m.is_off and m.rows is None]
-        mixed = [m for m in self.members if m.rows is not None]
+        on = [m for m in self.members() if not m.is_off and m.rows is None]
+        mixed = [m for m in self.members() if m.rows is not None]
         outputs = _prompted(self.layer, on, inputs, kwargs)
         for member in mixed:
             own = _prompted(self.layer, [member], inputs, kwargs)
@@ -42,7 +42,7 @@ class PromptHost(Host):
 
     def compute_output_spec(self, *args, **kwargs):
         spec = super().compute_output_spec(*args, **kwargs)
-        kept = sum(m.length for m in self.members if m.keep and not m.is_off)
+        kept = sum(m.length for m in self.members() if m.keep and not m.is_off)
 
         def longer(x):
             if not kept or len(x.shape) != 3 or x.shape[1] is None:
@@ -170,7 +170,7 @@ class PromptStack(Stack, PromptHost):
 
     def __init__(self, layer, members, **kwargs):
         super().__init__(layer, members, **kwargs)
-        if len({(m.start(), m.keep) for m in self.members}) > 1:
+        if len({(m.start(), m.keep) for m in self.members()}) > 1:
             raise ValueError(
                 f"The soft prompts of '{layer.name}' differ in `position` or "
                 "`keep`. Expected the same for all of one backbone."

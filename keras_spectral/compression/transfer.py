@@ -49,7 +49,7 @@ def finalize_transfer(model: keras.Model) -> keras.Model:
     for adapter in adapters:
         _check_finished(adapter)
     for host in hosts(model):
-        if len([m for m in host.members if isinstance(m, AdapterLayer)]) > 1:
+        if len([m for m in host.members() if isinstance(m, AdapterLayer)]) > 1:
             raise ValueError(
                 f"Layer '{host.name}' has several adapters. Expected one for "
                 "each layer: `delete_adapter` drops the others."

@@ -71,7 +71,6 @@ class AdapterLayer(Member, Host):
         super().__init__(layer, **kwargs)
         self.name_member(adapter_name)
 
-    @property
     def members(self):
         return [self]
 
@@ -182,7 +181,6 @@ class Stack(Host):
             for m in members
         ]
 
-    @property
     def members(self):
         return self._members
 

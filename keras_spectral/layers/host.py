@@ -70,7 +70,6 @@ class Host(keras.layers.Wrapper):
         if self._keeps_frozen:
             self.freeze_base()
 
-    @property
     def members(self) -> list[keras.layers.Layer]:
         """What it adds to its base; an adapter by itself is its own member."""
         raise NotImplementedError

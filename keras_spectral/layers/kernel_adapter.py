@@ -28,7 +28,7 @@ class KernelHost(Host):
     """
 
     def call(self, inputs, training=None, mask=None, **kwargs):
-        members = self.members
+        members = self.members()
         before = [m for m in members if m.changes_inputs]
         # One run with a changed kernel, unless it has to see other inputs.
         formed = [
@@ -80,7 +80,7 @@ class KernelHost(Host):
             ValueError: It holds a NaN or an infinity, the base is quantised,
                 or a member is switched off or cannot be merged.
         """
-        members = self.members if members is None else members
+        members = self.members() if members is None else members
         for member in members:
             member.check_mergeable()
             member.check_active()
@@ -102,7 +102,7 @@ class KernelHost(Host):
             The share of the change that a kernel of 16 bits could not take,
             by the Frobenius norm.
         """
-        members = self.members if members is None else members
+        members = self.members() if members is None else members
         bias = self.merged_bias(members)
         if all(m.only_bias for m in members):
             for member in members:
@@ -122,7 +122,7 @@ class KernelHost(Host):
 
     def merged_bias(self, members=None):
         """Bias plus changes; None where no member changes it."""
-        members = self.members if members is None else members
+        members = self.members() if members is None else members
         changes = [(m, m.bias_change()) for m in members]
         changes = [
             ops.cast(m.adapter_strength, c.dtype) * c
@@ -145,7 +145,7 @@ class KernelHost(Host):
             return getattr(base, name)
         if name in (view.kernel_name, f"_{view.kernel_name}"):
             matrix = view.matrix()
-            total = ops.cast(_total(self.members), matrix.dtype)
+            total = ops.cast(_total(self.members()), matrix.dtype)
             return view.kernel(matrix + total)
         return getattr(base, name)
 

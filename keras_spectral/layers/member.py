@@ -48,13 +48,13 @@ class Member:
         self.adapter_strength.assign(strength)
         self.is_off = strength == 0
 
-    def strength(self) -> float:
+    def current_strength(self) -> float:
         """How much of the change is there."""
         return float(ops.convert_to_numpy(self.adapter_strength))
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        self.is_off = self.strength() == 0
+        self.is_off = self.current_strength() == 0
 
     def in_rows(self, change):
         """A change of outputs, zero for examples that it is not meant for."""
@@ -86,7 +86,7 @@ class Member:
                 f"The adapter of layer '{self.name}' is switched off. Expected "
                 "an active one: leave the `adapters_disabled` block first."
             )
-        if self.strength() == 0:
+        if self.current_strength() == 0:
             raise ValueError(
                 f"The adapter '{self.adapter_name}' of layer '{self.name}' is "
                 "not active. Expected one that is: "

@@ -87,7 +87,6 @@ class TrainedCopy(Host):
             NamedCopy(layer, **m) if isinstance(m, dict) else m for m in members
         ]
 
-    @property
     def members(self):
         return self._members
 
@@ -170,11 +169,11 @@ class TrainedCopy(Host):
         if not members or not all(m.built for m in members):
             return getattr(base, name)
         try:
-            strengths = [m.strength() for m in members]
+            strengths = [m.current_strength() for m in members]
         except Exception:  # within a graph, where there is no number yet
             return getattr(self._running_as(self._values(), None), name)
         on = [m for m, s in zip(members, strengths) if s]
-        if on and (len(on) > 1 or on[0].strength() != 1):
+        if on and (len(on) > 1 or on[0].current_strength() != 1):
             return getattr(self._running_as(self._values(), None), name)
         # Whole, as variables that can be assigned.
         values = _copies(on[0]) if on else {}
@@ -183,7 +182,7 @@ class TrainedCopy(Host):
     def fold(self, members=None):
         """Writes what was trained into the base."""
         members = self._members if members is None else members
-        strengths = [m.strength() for m in members]
+        strengths = [m.current_strength() for m in members]
         for i, (variable, first) in enumerate(self._members[0].pairs):
             total = _share(1.0 - sum(strengths), variable, first.dtype)
             for strength, member in zip(strengths, members):

@@ -195,7 +195,7 @@ def _ids(found):
 def _row(place: Place, words, notes):
     layer, method = subject(place.layer), None
     if isinstance(place.layer, Host):
-        used = [getattr(m, "method", None) for m in place.layer.members]
+        used = [getattr(m, "method", None) for m in place.layer.members()]
         method = ", ".join(filter(None, dict.fromkeys(used))) or None
     try:
         view = kernel_view(layer)

@@ -82,7 +82,7 @@ def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
     """
     require_adapters(model)
     found = members(model)
-    before = [(member, member.strength()) for member in found]
+    before = [(member, member.current_strength()) for member in found]
     with all_or_nothing() as snapshot:
         keep_all(model, snapshot)
         set_strengths(model, [(member, 0.0) for member in found])

@@ -234,7 +234,7 @@ def exchange(
             surgery.build_in_place(new, base, paths[base.path])
             new.take_base_from(old)
             new.is_trained = old.is_trained
-            new.set_strength(old.strength())
+            new.set_strength(old.current_strength())
             paths[base.path] += 1
             fill()
             changes[old] = new

@@ -41,7 +41,7 @@ def hosts(model: keras.Model) -> list[Host]:
 
 def members(model: keras.Model) -> list[keras.layers.Layer]:
     """What its hosts hold."""
-    return [member for host in hosts(model) for member in host.members]
+    return [member for host in hosts(model) for member in host.members()]
 
 
 def member_places(
@@ -52,7 +52,7 @@ def member_places(
         Place(place.path, place.key, member)
         for place in places(model)
         if isinstance(place.layer, Host)
-        for member in place.layer.members
+        for member in place.layer.members()
         if names is None or member.adapter_name in names
     ]
 
@@ -166,9 +166,9 @@ def exchange_members(
     """
     swaps = {}
     for host in hosts(model):
-        if not any(member in changes for member in host.members):
+        if not any(member in changes for member in host.members()):
             continue
-        new = [changes.get(member, member) for member in host.members]
+        new = [changes.get(member, member) for member in host.members()]
         swaps[host] = host.with_members([m for m in new if m is not None])
         built_around(swaps[host])
     put(model, swaps, snapshot, renew)

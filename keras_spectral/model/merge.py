@@ -118,7 +118,7 @@ def fold_all(
         _check_active(found, names)
         if not alone:
             _check_staying(model, names)
-    elif not any(member.strength() for member in found):
+    elif not any(member.current_strength() for member in found):
         found[0].check_active()
     snapshot.keep_values(base_weights(model))
     losses = {}
@@ -151,23 +151,23 @@ def warn_of_rounding(losses: dict[str, float]) -> None:
 
 def _active(host, names):
     """The members of some names that are on."""
-    return [m for m in host.members if m.adapter_name in names and m.strength()]
+    return [m for m in host.members() if m.adapter_name in names and m.current_strength()]
 
 
 def _check_active(found, names):
     """Raises unless each of the names is on."""
     for name in names:
         mine = [member for member in found if member.adapter_name == name]
-        if not any(member.strength() for member in mine):
+        if not any(member.current_strength() for member in mine):
             mine[0].check_active()
 
 
 def _check_staying(model, names):
     """Raises if what stays was made for the kernel as it was."""
     for host in hosts(model):
-        staying = [m for m in host.members if m.adapter_name not in names]
+        staying = [m for m in host.members() if m.adapter_name not in names]
         tied = [m for m in staying if getattr(m, "reads_kernel", False)]
-        if tied and len(staying) < len(host.members):
+        if tied and len(staying) < len(host.members()):
             raise ValueError(
                 f"Adapter '{tied[0].adapter_name}' of layer '{host.name}' "
                 f"({type(tied[0]).__name__}) was made for the kernel as it is "

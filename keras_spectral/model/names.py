@@ -76,7 +76,7 @@ def set_adapters(
     >>> for name in ("mrpc", "cola"):
     ...     model = ks.wrap_model(model, "lora", "dense.*", adapter=name, rank=1)
     >>> model = set_adapters(model, {"mrpc": 0.7, "cola": 0.3})
-    >>> [layer.rank for layer in model.layers[0].members]
+    >>> [layer.rank for layer in model.layers[0].members()]
     [1, 1]
     """
     strengths = _strengths(model, active)

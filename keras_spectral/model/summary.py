@@ -123,7 +123,7 @@ def _rows(place):
     base = place.layer.layer
     whole = not isinstance(place.layer, TrainedCopy)
     rows = []
-    for member in place.layer.members:
+    for member in place.layer.members():
         method = getattr(member, "method", None)
         own, owners = own_weights(member), [member]
         if whole and not rows:  # the base counts once
@@ -135,7 +135,7 @@ def _rows(place):
                 method=method,
                 rank=getattr(member, "rank", None),
                 adapter=member.adapter_name,
-                strength=member.strength(),
+                strength=member.current_strength(),
             )
         )
     if not whole:

@@ -219,7 +219,7 @@ def _fresh_optimizers(models, swaps):
 
 def _pairs(host):
     """The base's variables and the copies that train for them."""
-    members = host.members if isinstance(host, Host) else ()
+    members = host.members() if isinstance(host, Host) else ()
     return [p for m in members for p in vars(m).get("pairs", ())]
 
 

@@ -39,7 +39,7 @@ def set_flags(
             active[id(layer)] = False
             below = [is_active(child) for child in sublayers(layer)]
             own = isinstance(layer, Host) and any(
-                member.is_trained for member in layer.members
+                member.is_trained for member in layer.members()
             )
             own = own or id(layer) in kept
             active[id(layer)] = own or any(below)
@@ -49,7 +49,7 @@ def set_flags(
         if not isinstance(layer, Host):
             set_trainable(layer, is_active(layer), id(layer) in kept)
             continue
-        for member in layer.members:
+        for member in layer.members():
             member.trainable = member.is_trained
         vars(layer)["_trainable"] = is_active(layer)
         layer.freeze_base()

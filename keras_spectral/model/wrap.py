@@ -278,7 +278,7 @@ def _swaps(model, new):
             continue
         old, extra = place.layer, added[place.key]
         if isinstance(old, Host):
-            host = old.with_members([*old.members, *extra])
+            host = old.with_members([*old.members(), *extra])
             for member in extra:
                 if isinstance(member, Host):
                     member.take_base_from(old)
@@ -294,15 +294,15 @@ def _swaps(model, new):
 def _can_train(place, name):
     """Whether a place can train as a copy; False if it has no weights."""
     if isinstance(place.layer, TrainedCopy):
-        names = [member.adapter_name for member in place.layer.members]
+        names = [member.adapter_name for member in place.layer.members()]
         return name not in names
     if isinstance(place.layer, Host):
-        own = [m for m in place.layer.members if m.adapter_name == name]
+        own = [m for m in place.layer.members() if m.adapter_name == name]
         if own or not place.layer.layer.weights or place.layer.opens_base:
             return False
         raise ValueError(
             f"'{place.path}' has adapter "
-            f"'{place.layer.members[0].adapter_name}' and cannot train as a "
+            f"'{place.layer.members()[0].adapter_name}' and cannot train as a "
             f"copy for adapter '{name}' beside it. "
             "Expected `trainable=` without this layer, such as `trainable=[]`."
         )
@@ -338,7 +338,7 @@ def _check_chosen(model, chosen, name):
         place
         for place in chosen
         if isinstance(place.layer, Host)
-        and any(m.adapter_name == name for m in place.layer.members)
+        and any(m.adapter_name == name for m in place.layer.members())
     ]
     if wrapped:
         raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.layers import METHODS
+from keras_spectral.layers.host import Host
 from keras_spectral.layers.trained_copy import NamedCopy
 from keras_spectral.model.hosts import adapter_places
 from keras_spectral.model.hosts import names_in
@@ -100,7 +101,8 @@ def _targets(model, entries, heads):
     trained = []
     for head in heads:
         place = by_key[head["path"]]
-        for member in getattr(place.layer, "members", ()):
+        held = place.layer.members() if isinstance(place.layer, Host) else []
+        for member in held:
             if member.adapter_name == head["adapter"]:
                 place = Place(place.path, place.key, member)
         trained.append((place, head["adapter"]))
