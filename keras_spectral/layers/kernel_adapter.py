@@ -34,7 +34,7 @@ class KernelHost(Host):
         formed = [
             m
             for m in members
-            if m.forms_kernel and not before and m.rows is None
+            if m.forms_kernel and not before and m.batch_rows is None
         ]
         changed = inputs
         for member in before:

@@ -198,14 +198,14 @@ def mixed_batch(
         training.forget_sets(above)
         for member in found:
             chosen = [float(name == member.adapter_name) for name in names]
-            member.rows = np.asarray(chosen, "float32")
+            member.batch_rows = np.asarray(chosen, "float32")
             member.set_strength(1.0)
         try:
             yield model
         finally:
             surgery.forget_compiled(above)
             for member in found:
-                member.rows = None
+                member.batch_rows = None
         snapshot.restore()
 
 

@@ -142,6 +142,9 @@ def _name_all(metadata):
     """Gives what a file of version 1 holds the name "default"."""
     for entry in metadata["adapters"]:
         entry["adapter"] = _FIRST
+        options = entry["options"]
+        if entry["method"] == "unipelt" and "adapter" in options:
+            options["bottleneck"] = options.pop("adapter")
     metadata["trainable"] = [
         {"path": key, "adapter": _FIRST} for key in metadata["trainable"]
     ]
