@@ -10,9 +10,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_spectral.checks import check_mapping
-from keras_spectral.checks import check_number
-from keras_spectral.checks import did_you_mean
+from keras_spectral._internal.checks import check_mapping
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.checks import did_you_mean
 
 _EXPECTED = "a dictionary of regexes and factors, such as {'.*lora_b': 16}"
 _MAX_SHOWN = 6

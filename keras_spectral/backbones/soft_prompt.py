@@ -30,7 +30,9 @@ class PromptHost(Host):
         take_signature(self, layer)
 
     def call(self, inputs, **kwargs):
-        on = [m for m in self.members() if not m.is_off and m.batch_rows is None]
+        on = [
+            m for m in self.members() if not m.is_off and m.batch_rows is None
+        ]
         mixed = [m for m in self.members() if m.batch_rows is not None]
         outputs = _prompted(self.layer, on, inputs, kwargs)
         for member in mixed:

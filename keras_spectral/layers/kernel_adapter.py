@@ -58,7 +58,8 @@ class KernelHost(Host):
     def _base(self, formed=()):
         """The base without activation, some changes in its kernel."""
         if not formed:
-            return without_ending(self.layer)
+            plain = self.view is None
+            return without_ending(self.layer) if plain else self.view.bare()
         change = sum(m.amount_of(m.kernel_change()) for m in formed)
         return self.view.with_change(change)
 

@@ -195,7 +195,9 @@ def _heads(model, names, plain=True):
 
 def _strengths(adapters):
     """The strengths of several adapters, if one is on."""
-    strengths = {p.layer.adapter_name: p.layer.current_strength() for p in adapters}
+    strengths = {
+        p.layer.adapter_name: p.layer.current_strength() for p in adapters
+    }
     several = len(strengths) > 1 and any(strengths.values())
     return strengths if several else {}
 

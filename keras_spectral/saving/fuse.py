@@ -158,7 +158,9 @@ def _fused_columns(files, contents, weights):
             try:
                 _add_columns(columns.setdefault(key, {}), listed, parts, weight)
             except ValueError as error:
-                raise ValueError(f"{file}, at '{key}': {error}") from error
+                raise ValueError(
+                    f"{file}, at '{entry['path']}': {error}"
+                ) from error
         share = weight / sum(weights)
         heads = [head_slot(head) for head in metadata["trainable"]]
         for name in given:
