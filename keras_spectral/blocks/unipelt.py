@@ -123,8 +123,8 @@ class UniPELTBlock(BlockAdapter):
             prefix_hidden = check_rank(prefix_hidden, "prefix_hidden")
         if not lora and not prefix and bottleneck == 0:
             raise ValueError(
-                "Received lora=0, prefix=0, bottleneck=0. Expected at least one "
-                "part."
+                "Received lora=0, prefix=0, bottleneck=0. Expected at least "
+                "one part."
             )
         check_choice(gate, "gate", tuple(GATES))
         check_choice(penalty, "penalty", ("entropy", "l1", "latency"))

@@ -18,8 +18,8 @@ class Member:
         is_trained: Whether it trains, as long as the model does.
         disabled: Whether an `adapters_disabled` block has put it off.
         is_off: Whether `set_strength` has put it off.
-        batch_rows: For each example whether the change is there (an array of 0.0
-            and 1.0, inside of a `mixed_batch` block), else None.
+        batch_rows: Inside of a `mixed_batch` block for each example whether
+            the change is there, an array of 0.0 and 1.0; else None.
     """
 
     retraces = False  # whether it is compiled anew when switched
@@ -72,8 +72,9 @@ class Member:
         if count not in (None, len(self.batch_rows)):
             raise ValueError(
                 f"Layer '{self.name}' runs on {count} rows, and `mixed_batch` "
-                f"was told of {len(self.batch_rows)} examples. Expected inputs with "
-                "one row for each name, and layers that keep examples apart."
+                f"was told of {len(self.batch_rows)} examples. Expected inputs "
+                "with one row for each name, and layers that keep examples "
+                "apart."
             )
         rows = ops.convert_to_tensor(self.batch_rows, "float32")
         rows = ops.reshape(rows, (-1, *[1] * (len(one.shape) - 1)))

@@ -74,7 +74,9 @@ def set_adapters(
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> for name in ("mrpc", "cola"):
-    ...     model = ks.wrap_model(model, "lora", "dense.*", adapter=name, rank=1)
+    ...     model = ks.wrap_model(
+    ...         model, "lora", "dense.*", adapter=name, rank=1
+    ...     )
     >>> model = set_adapters(model, {"mrpc": 0.7, "cola": 0.3})
     >>> [layer.rank for layer in model.layers[0].members()]
     [1, 1]
@@ -179,7 +181,9 @@ def mixed_batch(
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> for name in ("a", "b"):
-    ...     model = ks.wrap_model(model, "lora", "dense.*", adapter=name, rank=1)
+    ...     model = ks.wrap_model(
+    ...         model, "lora", "dense.*", adapter=name, rank=1
+    ...     )
     >>> with mixed_batch(model, ["a", "b", None]):
     ...     outputs = model.predict(keras.ops.ones((3, 4)), verbose=0)
     """

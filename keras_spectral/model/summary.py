@@ -74,8 +74,9 @@ def adapter_summary(
     """Prints a table of adapters and other trained layers, with counts.
 
     With several adapters it also says of each row whose it is, and at what
-    strength. Layers of one name, method, rank and size share a line, `12 x .../query`,
-    with their counts added up; the rows that are returned are of single
+    strength. Layers of one name, method, rank and size share a line,
+    `12 x .../query`, with their counts added up; the rows that are returned
+    are of single
     layers. Other layers that train beside the adapters are marked "trained".
     Below stand layers with a raw kernel, which is no Dense, Conv or Embedding
     (experts' tables, position embeddings), so that no adapter reaches it.

@@ -56,8 +56,8 @@ def save_adapters(
         adapter: The name of the adapter to save, or several; all by default.
 
     Raises:
-        ValueError: The model has no adapters or none of that name, they are switched off, or they
-            hold NaN or infinities.
+        ValueError: The model has no adapters or none of that name, they are
+            switched off, or they hold NaN or infinities.
         OSError: The file cannot be written, as where its folder is missing.
 
     Example:

@@ -141,9 +141,9 @@ def _fused_columns(files, contents, weights):
             ):
                 raise ValueError(
                     f"{file} has method {entry['method']!r} "
-                    f"(mode {options.get('mode')!r}) at '{entry['path']}'. Expected "
-                    "SpectralDense in mode 'additive'; other adapters fuse "
-                    "with method='average'."
+                    f"(mode {options.get('mode')!r}) at '{entry['path']}'. "
+                    "Expected SpectralDense in mode 'additive'; other adapters "
+                    "fuse with method='average'."
                 )
             parts = [
                 _tensor(given, f"{key}/{name}", file)
