@@ -191,6 +191,9 @@ class KernelAdapter(AdapterLayer, KernelHost):
         mask: Boolean (batch, tokens), for methods that look at tokens.
 
     Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: The base is an adapter already, or no view covers it.
     """
 
     one_direction = False  # whether it fits no table that is read backwards

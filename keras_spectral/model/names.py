@@ -14,6 +14,7 @@ from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.model import surgery
 from keras_spectral.model import training
 from keras_spectral.model.hosts import Names
+from keras_spectral.model.hosts import check_model
 from keras_spectral.model.hosts import keep_all
 from keras_spectral.model.hosts import members
 from keras_spectral.model.hosts import names_in
@@ -29,6 +30,9 @@ def adapter_names(model: keras.Model) -> list[str]:
     Returns:
         The names, in the order of the layers; `[]` for a plain model.
 
+    Raises:
+        ValueError: It is no Keras model.
+
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
@@ -37,6 +41,7 @@ def adapter_names(model: keras.Model) -> list[str]:
     >>> adapter_names(model)
     ['mrpc', 'cola']
     """
+    check_model(model)
     return names_in(model)
 
 

@@ -703,7 +703,7 @@ def test_what_is_around_others_stays_outside():
         (".*lora_c", ".*lora_[ab]"),
         ("lora_b", ".*lora_b"),
         (".*frist/.*", ".*first/.*"),
-        ("mlp/secnod/lora_a", "mlp/second/lora_a"),
+        ("mlp/secnod/default/lora_a", "mlp/second/default/lora_a"),
     ],
 )
 def test_a_regex_that_matches_nothing(pattern, meant):
