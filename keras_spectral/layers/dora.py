@@ -2,7 +2,6 @@
 
 from keras import ops
 
-from keras_spectral._backend import concretely
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lora import add_lora_factors
@@ -59,8 +58,7 @@ class DoRADense(KernelAdapter):
     Raises:
         ValueError: A bad option; a rank above the kernel's smaller dimension;
             dropout on an Embedding; a base that no view covers, a transposed
-            convolution or a ReversibleEmbedding; a kernel that holds NaN or
-            infinities.
+            convolution or a ReversibleEmbedding.
 
     Example:
 
@@ -95,23 +93,26 @@ class DoRADense(KernelAdapter):
 
     def build_adapter(self):
         add_lora_factors(self)
-        with concretely():
-            kernel = ops.cast(self.view.finite_matrix(), "float32")
-            norms = ops.sqrt(ops.sum(ops.square(kernel), axis=0))
-            norms = ops.convert_to_numpy(ops.maximum(norms, _SHORTEST))
-        self.kernel_norms, self.magnitude = (
-            self.add_weight(
-                name=name,
-                shape=norms.shape,
-                # Fresh tensors each time: no two variables share one buffer.
-                initializer=lambda shape, dtype=None: ops.array(norms, dtype),
-                trainable=trainable,
-            )
-            for name, trainable in (
-                ("kernel_norms", False),
-                ("magnitude", True),
-            )
+        self.kernel_norms = self._add_norms("kernel_norms", self._norms, False)
+        # A fresh tensor: two variables must not share one buffer.
+        self.magnitude = self._add_norms(
+            "magnitude", lambda *_, **__: ops.copy(self.kernel_norms), True
         )
+
+    def _add_norms(self, name, start, trainable):
+        return self.add_weight(
+            name=name,
+            shape=(self.view.n_out,),
+            initializer=start,
+            trainable=trainable,
+        )
+
+    def _norms(self, shape, dtype=None):
+        # Read late: in a model that is built by its first `fit` the kernel
+        # has no numbers yet.
+        kernel = ops.cast(self.view.matrix(), dtype)
+        norms = ops.sqrt(ops.sum(ops.square(kernel), axis=0))
+        return ops.maximum(norms, _SHORTEST)
 
     def initial_scale(self):
         return lora_scale(self.rank, self.alpha, self.scaling)

@@ -167,11 +167,13 @@ def test_what_it_refuses(base, options, match):
         ks.DoRADense(base, **options)
 
 
-def test_a_kernel_of_nan_is_named():
-    base = keras.layers.Dense(6)
-    base.build((None, 5))
-    base.kernel.assign(np.full((5, 6), np.nan))
-    layer = ks.DoRADense(base, rank=2)
-    with pytest.raises(ValueError, match="NaN"):
-        layer.build((None, 5))
-    assert base.trainable
+def test_a_model_may_be_built_by_fit():
+    layer = ks.DoRADense(keras.layers.Dense(6), rank=2)
+    model = keras.Sequential([layer])
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+    model.fit(x, np.ones((8, 6)), verbose=0)
+    assert len(layer.trainable_weights) == 3
+    norms = np.linalg.norm(layer.layer.kernel.numpy(), axis=0)
+    np.testing.assert_allclose(layer.kernel_norms.numpy(), norms, rtol=1e-5)
+    assert np.abs(layer.magnitude.numpy() - norms).max() > 1e-4
