@@ -27,6 +27,7 @@ from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import KernelAdapter
 from keras_spectral.layers import LoRADense
 from keras_spectral.layers import SpectralDense
+from keras_spectral.library.combine import combine_adapters
 from keras_spectral.model.catalog import list_targets
 from keras_spectral.model.catalog import methods
 from keras_spectral.model.contexts import adapters_alone
@@ -81,6 +82,7 @@ __all__ = [
     "blocks",
     "callbacks",
     "collect_gates",
+    "combine_adapters",
     "compact_ranks",
     "compress_model",
     "compression_report",

@@ -226,7 +226,7 @@ def test_starts_of_one_seed_differ():
     "cls, options",
     [
         ("PrefixTuning", {"length": 8, "hidden": 16}),
-        ("UniPELTBlock", {"lora": 2, "prefix": 3, "adapter": 0}),
+        ("UniPELTBlock", {"lora": 2, "prefix": 3, "bottleneck": 0}),
     ],
 )
 def test_starts_within_a_block_differ(cls, options):

@@ -33,7 +33,7 @@ def test_quantised_kernels_count_as_their_numbers(mode):
     added = 2 * (33 + 15) + 2 * (15 + 7)
     summary = _quiet(model)
     assert summary.trainable == added
-    assert summary.total == count + added + 2  # and two scales
+    assert summary.total == count + added + 4  # scales and strengths
     heads, out = summary.rows
     assert heads.total == 33 * 15 + 15 + 2 * 48 + 1
     assert out.total == 15 * 7 + 7 + 2 * 22 + 1

@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from keras_spectral import _files
+from keras_spectral._internal import files as _files
 from keras_spectral._internal.files import whole_file
 from keras_spectral._internal.files import write_safetensors
 

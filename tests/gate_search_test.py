@@ -6,10 +6,10 @@ from block_cases import WIDTH
 from keras import ops
 
 import keras_spectral as ks
-from keras_spectral import gate_search
 from keras_spectral.model.hosts import adapter_places
+from keras_spectral.search import parts as gate_search
 
-PARTS = {"lora": 2, "prefix": 3, "adapter": 2}
+PARTS = {"lora": 2, "prefix": 3, "bottleneck": 2}
 SIZES = {"lora": 8 * WIDTH, "prefix": 6 * WIDTH, "adapter": 4 * WIDTH}
 
 

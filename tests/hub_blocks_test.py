@@ -68,7 +68,7 @@ def test_all_parts_in_every_family(family):
     case = CASES[f"{family}_backbone"]
     model, inputs = case.make(), case.inputs()
     plain = _outputs(model, inputs)
-    ks.wrap_model(model, "unipelt", lora=2, prefix=3, adapter=8)
+    ks.wrap_model(model, "unipelt", lora=2, prefix=3, bottleneck=8)
     assert len(adapter_places(model)) == FAMILIES[family]
     _randomize(model)
     adapted = _outputs(model, inputs)
@@ -98,7 +98,7 @@ def test_padding_is_without_effect_on_bert():
     keras.utils.set_random_seed(0)
     case = CASES["bert_backbone"]
     model, inputs = case.make(), case.inputs()
-    ks.wrap_model(model, "unipelt", lora=2, prefix=3, adapter=8)
+    ks.wrap_model(model, "unipelt", lora=2, prefix=3, bottleneck=8)
     _randomize(model)
     kept = inputs["padding_mask"] == 1
     before = ops.convert_to_numpy(model(inputs)["sequence_output"])[kept]

@@ -56,8 +56,8 @@ def test_default_is_query_value_and_head():
     ks.wrap_model(model, "lora", rank=2)
     paths = [w.path for w in model.trainable_weights]
     assert len(paths) == 2 * 2 * 2 + 2
-    assert sum("query/lora" in path for path in paths) == 4
-    assert sum("value/lora" in path for path in paths) == 4
+    assert sum("query/default/lora" in path for path in paths) == 4
+    assert sum("value/default/lora" in path for path in paths) == 4
     assert sum("logits" in path for path in paths) == 2
     # Paths lie under the base's own, for layout maps.
     for layer in model._flatten_layers():

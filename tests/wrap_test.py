@@ -45,7 +45,7 @@ def _adapter_weights(model):
 
 
 def _names(weights):
-    return [weight.path.split("/")[-2] for weight in weights]
+    return [weight.path.split("/")[-3] for weight in weights]
 
 
 class Block(layers.Layer):

@@ -82,7 +82,7 @@ assert before < clean - 0.1
 
 # %%
 WIDTH, RANK, LENGTH, SIZE = 64, 4, 8, 8
-options = {"lora": RANK, "prefix": LENGTH, "adapter": SIZE, "seed": 7}
+options = {"lora": RANK, "prefix": LENGTH, "bottleneck": SIZE, "seed": 7}
 ks.wrap_model(model, "unipelt", **options)
 summary = ks.adapter_summary(model, console)
 

@@ -41,7 +41,9 @@ def renewed(
     kind = type(optimizer)
     if hasattr(optimizer, "inner_optimizer"):
         inner = renewed(optimizer.inner_optimizer, replaced)
-        fresh = kind(**{**config, "inner_optimizer": inner})
+        # What is around another names it so, or like WithRates shorter.
+        name = "optimizer" if "optimizer" in config else "inner_optimizer"
+        fresh = kind(**{**config, name: inner})
     elif _optimizer_map(optimizer) is not None:
         chosen = _renewed_map(_optimizer_map(optimizer), replaced)
         fresh = kind(**{**config, "optimizer_map": chosen})

@@ -30,8 +30,10 @@ class PromptHost(Host):
         take_signature(self, layer)
 
     def call(self, inputs, **kwargs):
-        on = [m for m in self.members() if not m.is_off and m.rows is None]
-        mixed = [m for m in self.members() if m.rows is not None]
+        on = [
+            m for m in self.members() if not m.is_off and m.batch_rows is None
+        ]
+        mixed = [m for m in self.members() if m.batch_rows is not None]
         outputs = _prompted(self.layer, on, inputs, kwargs)
         for member in mixed:
             own = _prompted(self.layer, [member], inputs, kwargs)

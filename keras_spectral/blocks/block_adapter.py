@@ -55,7 +55,7 @@ class BlockHost(Host):
         take_signature(self, layer)
 
     def call(self, *args, training=None, **kwargs):
-        mixed = [m for m in self.members() if m.rows is not None]
+        mixed = [m for m in self.members() if m.batch_rows is not None]
         if not mixed:
             return self._run(self.members(), args, kwargs, training)
         outputs = self._run([], args, kwargs, training)

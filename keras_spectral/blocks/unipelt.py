@@ -60,7 +60,7 @@ class UniPELTBlock(BlockAdapter):
         layer: The block.
         lora: Rank of LoRA on query and value; 0 leaves the part out.
         prefix: Length of the prefix; 0 leaves it out.
-        adapter: Width of the bottleneck; 0 leaves it out, None is a 16th of
+        bottleneck: Width of the adapter; 0 leaves it out, None is a 16th of
             the block's width.
         prefix_hidden: Units of the net that computes the prefix, or None.
         gate: `"sigmoid"`, `"softmax"` or `"gumbel"`.
@@ -89,7 +89,7 @@ class UniPELTBlock(BlockAdapter):
     >>> block = keras.layers.MultiHeadAttention(2, 4, name="attention")
     >>> x = keras.ops.ones((2, 3, 8))
     >>> outputs = block(x, x)
-    >>> layer = UniPELTBlock(block, lora=2, prefix=4, adapter=0)
+    >>> layer = UniPELTBlock(block, lora=2, prefix=4, bottleneck=0)
     >>> outputs = layer(x, x)
     >>> sorted(layer.gate_values)
     ['lora_query', 'lora_value', 'prefix']
@@ -102,7 +102,7 @@ class UniPELTBlock(BlockAdapter):
         layer,
         lora=8,
         prefix=10,
-        adapter=None,
+        bottleneck=None,
         prefix_hidden=None,
         gate="sigmoid",
         temperature=1.0,
@@ -117,14 +117,14 @@ class UniPELTBlock(BlockAdapter):
         super().__init__(layer, **kwargs)
         lora = check_whole(lora, "lora")
         prefix = check_whole(prefix, "prefix")
-        if adapter is not None:
-            adapter = check_whole(adapter, "adapter")
+        if bottleneck is not None:
+            bottleneck = check_whole(bottleneck, "bottleneck")
         if prefix_hidden is not None:
             prefix_hidden = check_rank(prefix_hidden, "prefix_hidden")
-        if not lora and not prefix and adapter == 0:
+        if not lora and not prefix and bottleneck == 0:
             raise ValueError(
-                "Received lora=0, prefix=0, adapter=0. Expected at least one "
-                "part."
+                "Received lora=0, prefix=0, bottleneck=0. Expected at least "
+                "one part."
             )
         check_choice(gate, "gate", tuple(GATES))
         check_choice(penalty, "penalty", ("entropy", "l1", "latency"))
@@ -137,7 +137,7 @@ class UniPELTBlock(BlockAdapter):
             )
         self.lora = lora
         self.prefix = prefix
-        self.adapter = adapter
+        self.bottleneck = bottleneck
         self.prefix_hidden = prefix_hidden
         self.gate = gate
         self.temperature = check_number(temperature, "temperature", 1e-6)
@@ -165,8 +165,8 @@ class UniPELTBlock(BlockAdapter):
                 self, "prefix", self.prefix, self.prefix_hidden, seed
             )
             sizes["prefix"] = view.linear("query").n_in
-        if self.adapter != 0:
-            size = self.adapter or max(1, view.width // 16)
+        if self.bottleneck != 0:
+            size = self.bottleneck or max(1, view.width // 16)
             view.slot("last")  # raises where there is none
             self.net = Bottleneck(self, "adapter", size, seed=seed)
             sizes["adapter"] = view.width

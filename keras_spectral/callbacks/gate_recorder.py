@@ -39,7 +39,7 @@ class GateRecorder(keras.callbacks.Callback):
     >>> x = keras.Input((4, 8))
     >>> attention = keras.layers.MultiHeadAttention(2, 4, name="attention")
     >>> model = keras.Model(x, attention(x, x))
-    >>> model = ks.wrap_model(model, "unipelt", lora=2, adapter=0)
+    >>> model = ks.wrap_model(model, "unipelt", lora=2, bottleneck=0)
     >>> model.compile("sgd", "mse")
     >>> recorder = ks.callbacks.GateRecorder()
     >>> data = np.ones((2, 4, 8)), np.ones((2, 4, 8))

@@ -36,7 +36,7 @@ class KernelHost(Host):
         formed = [
             m
             for m in members
-            if m.forms_kernel and not before and m.rows is None
+            if m.forms_kernel and not before and m.batch_rows is None
         ]
         changed = inputs
         for member in before:
@@ -60,7 +60,8 @@ class KernelHost(Host):
     def _base(self, formed=()):
         """The base without activation, some changes in its kernel."""
         if not formed:
-            return without_ending(self.layer)
+            plain = self.view is None
+            return without_ending(self.layer) if plain else self.view.bare()
         change = sum(m.amount_of(m.kernel_change()) for m in formed)
         return self.view.with_change(change)
 
@@ -194,6 +195,9 @@ class KernelAdapter(AdapterLayer, KernelHost):
         mask: Boolean (batch, tokens), for methods that look at tokens.
 
     Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: The base is an adapter already, or no view covers it.
     """
 
     one_direction = False  # whether it fits no table that is read backwards

@@ -18,8 +18,8 @@ class Member:
         is_trained: Whether it trains, as long as the model does.
         disabled: Whether an `adapters_disabled` block has put it off.
         is_off: Whether `set_strength` has put it off.
-        rows: For each example whether the change is there (an array of 0.0
-            and 1.0, inside of a `mixed_batch` block), else None.
+        batch_rows: Inside of a `mixed_batch` block for each example whether
+            the change is there, an array of 0.0 and 1.0; else None.
     """
 
     retraces = False  # whether it is compiled anew when switched
@@ -30,7 +30,7 @@ class Member:
         self.is_trained = True
         self.disabled = False
         self.is_off = False
-        self.rows = None
+        self.batch_rows = None
 
     def add_strength(self) -> None:
         """Creates the variable of the strength."""
@@ -58,7 +58,7 @@ class Member:
 
     def in_rows(self, change):
         """A change of outputs, zero for examples that it is not meant for."""
-        if self.rows is None:
+        if self.batch_rows is None:
             return change
         return self.where_chosen(change, ops.zeros((), change.dtype))
 
@@ -69,13 +69,14 @@ class Member:
             ValueError: There is another number of examples.
         """
         count = one.shape[0] if len(one.shape) else 1
-        if count not in (None, len(self.rows)):
+        if count not in (None, len(self.batch_rows)):
             raise ValueError(
                 f"Layer '{self.name}' runs on {count} rows, and `mixed_batch` "
-                f"was told of {len(self.rows)} examples. Expected inputs with "
-                "one row for each name, and layers that keep examples apart."
+                f"was told of {len(self.batch_rows)} examples. Expected inputs "
+                "with one row for each name, and layers that keep examples "
+                "apart."
             )
-        rows = ops.convert_to_tensor(self.rows, "float32")
+        rows = ops.convert_to_tensor(self.batch_rows, "float32")
         rows = ops.reshape(rows, (-1, *[1] * (len(one.shape) - 1)))
         return ops.where(rows > 0, one, other)
 

@@ -112,7 +112,7 @@ class TrainedCopy(Host):
     def call(self, *args, training=None, **kwargs):
         if takes_training(self.layer):
             kwargs["training"] = training
-        mixed = [m for m in self._members if m.rows is not None]
+        mixed = [m for m in self._members if m.batch_rows is not None]
         if not mixed:
             return self._running_as(self._values(), self._live())(
                 *args, **kwargs

@@ -16,6 +16,7 @@ from keras_spectral._internal.tables import show
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
+from keras_spectral.layers import BitFit
 from keras_spectral.layers.host import Host
 from keras_spectral.model.options import adapter_class_of
 from keras_spectral.model.paths import Place
@@ -137,7 +138,8 @@ def list_targets(
     ('hidden', (16, 8), ('all-linear', 'all'))
     """
     check_model(model)
-    kinds = list(METHODS.values())
+    # Norms, whose shifts BitFit trains, would be most of the table.
+    kinds = [kind for kind in METHODS.values() if kind is not BitFit]
     if method is not None:
         kinds = [adapter_class_of(method)]
     found = places(model)

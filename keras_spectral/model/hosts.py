@@ -145,7 +145,7 @@ def put(
     training.forget_sets(above)
     surgery.remember(model)
     # Out for a moment, hosts are still those of their bases.
-    for old, new in swaps.items() if renew else ():
+    for old in swaps if renew else ():
         if isinstance(old, Host):
             HOSTS.pop(old.layer, None)
     for new in swaps.values() if renew else ():
@@ -224,8 +224,8 @@ def _take_out(model, snapshot, names, renew=True):
     names = names_in(model) if names is None else names
     gone = {m: None for m in members(model) if m.adapter_name in names}
     swaps = exchange_members(model, gone, snapshot, renew)
-    for host, new in swaps.items():
-        if not isinstance(new, Host):
+    for host in swaps:
+        if not isinstance(swaps[host], Host):
             host.free_base()
     if hosts(model):
         training.set_flags(model)

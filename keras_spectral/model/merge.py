@@ -151,7 +151,11 @@ def warn_of_rounding(losses: dict[str, float]) -> None:
 
 def _active(host, names):
     """The members of some names that are on."""
-    return [m for m in host.members() if m.adapter_name in names and m.current_strength()]
+    return [
+        m
+        for m in host.members()
+        if m.adapter_name in names and m.current_strength()
+    ]
 
 
 def _check_active(found, names):

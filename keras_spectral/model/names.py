@@ -14,6 +14,7 @@ from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.model import surgery
 from keras_spectral.model import training
 from keras_spectral.model.hosts import Names
+from keras_spectral.model.hosts import check_model
 from keras_spectral.model.hosts import keep_all
 from keras_spectral.model.hosts import members
 from keras_spectral.model.hosts import names_in
@@ -29,6 +30,9 @@ def adapter_names(model: keras.Model) -> list[str]:
     Returns:
         The names, in the order of the layers; `[]` for a plain model.
 
+    Raises:
+        ValueError: It is no Keras model.
+
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
@@ -37,6 +41,7 @@ def adapter_names(model: keras.Model) -> list[str]:
     >>> adapter_names(model)
     ['mrpc', 'cola']
     """
+    check_model(model)
     return names_in(model)
 
 
@@ -74,7 +79,9 @@ def set_adapters(
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> for name in ("mrpc", "cola"):
-    ...     model = ks.wrap_model(model, "lora", "dense.*", adapter=name, rank=1)
+    ...     model = ks.wrap_model(
+    ...         model, "lora", "dense.*", adapter=name, rank=1
+    ...     )
     >>> model = set_adapters(model, {"mrpc": 0.7, "cola": 0.3})
     >>> [layer.rank for layer in model.layers[0].members()]
     [1, 1]
@@ -179,7 +186,9 @@ def mixed_batch(
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> for name in ("a", "b"):
-    ...     model = ks.wrap_model(model, "lora", "dense.*", adapter=name, rank=1)
+    ...     model = ks.wrap_model(
+    ...         model, "lora", "dense.*", adapter=name, rank=1
+    ...     )
     >>> with mixed_batch(model, ["a", "b", None]):
     ...     outputs = model.predict(keras.ops.ones((3, 4)), verbose=0)
     """
@@ -198,14 +207,14 @@ def mixed_batch(
         training.forget_sets(above)
         for member in found:
             chosen = [float(name == member.adapter_name) for name in names]
-            member.rows = np.asarray(chosen, "float32")
+            member.batch_rows = np.asarray(chosen, "float32")
             member.set_strength(1.0)
         try:
             yield model
         finally:
             surgery.forget_compiled(above)
             for member in found:
-                member.rows = None
+                member.batch_rows = None
         snapshot.restore()
 
 

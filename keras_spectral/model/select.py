@@ -95,6 +95,7 @@ def chosen_by_presets(
     return {
         word: {id(place) for place in search.matching(word)}
         for word in _PRESETS
+        if word != "biases"
     }
 
 

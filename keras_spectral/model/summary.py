@@ -74,9 +74,10 @@ def adapter_summary(
     """Prints a table of adapters and other trained layers, with counts.
 
     With several adapters it also says of each row whose it is, and at what
-    strength. Layers of one name, method, rank and size share a line, `12 x .../query`,
-    with their counts added up; the rows that are returned are of single
-    layers. Other layers that train beside the adapters are marked "trained".
+    strength. Layers of one name, method, rank and size share a line,
+    `12 x .../query`, with their counts added up; the rows that are returned
+    are of single layers. Other layers that train beside the adapters are
+    marked "trained".
     Below stand layers with a raw kernel, which is no Dense, Conv or Embedding
     (experts' tables, position embeddings), so that no adapter reaches it.
 
@@ -96,7 +97,7 @@ def adapter_summary(
     >>> layer = ks.LoRADense(keras.layers.Dense(8, name="hidden"), rank=2)
     >>> model = keras.Sequential([keras.Input((16,)), layer])
     >>> adapter_summary(model, rich.console.Console(quiet=True))
-    Summary(1 adapters, 48 of 185 weights trainable)
+    Summary(1 adapters, 48 of 186 weights trainable)
     """
     check_model(model)
     found = [row for place in places(model) for row in _rows(place)]

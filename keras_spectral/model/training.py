@@ -91,12 +91,11 @@ def _switch(model, old, new):
     optimizer = getattr(model, "optimizer", None)
     if kept.get("now") is not optimizer:
         kept.clear()  # it was compiled anew
-    kept[old] = surgery.training_state(model)
-    if new in kept:
-        state = kept[new]
+    if getattr(optimizer, "built", True):
+        kept[old] = surgery.training_state(model)
+        fresh = optimizer and renewed(optimizer)
     else:
-        if optimizer is not None and optimizer.built:
-            optimizer = renewed(optimizer)
-        state = (optimizer, {})
+        fresh = optimizer
+    state = kept.get(new, (fresh, {}))
     surgery.set_training_state(model, *state)
     kept["now"] = state[0]

@@ -56,8 +56,8 @@ def save_adapters(
         adapter: The name of the adapter to save, or several; all by default.
 
     Raises:
-        ValueError: The model has no adapters or none of that name, they are switched off, or they
-            hold NaN or infinities.
+        ValueError: The model has no adapters or none of that name, they are
+            switched off, or they hold NaN or infinities.
         OSError: The file cannot be written, as where its folder is missing.
 
     Example:
@@ -195,7 +195,9 @@ def _heads(model, names, plain=True):
 
 def _strengths(adapters):
     """The strengths of several adapters, if one is on."""
-    strengths = {p.layer.adapter_name: p.layer.current_strength() for p in adapters}
+    strengths = {
+        p.layer.adapter_name: p.layer.current_strength() for p in adapters
+    }
     several = len(strengths) > 1 and any(strengths.values())
     return strengths if several else {}
 

@@ -71,13 +71,12 @@ def apply_adapters(
     with all_or_nothing() as snapshot:
         if old:
             adapters, trained = _targets(model, old, old_heads)
-            _fill(adapters, trained, left, path, scales, snapshot)
+            _fill(adapters, trained, left, path, scales, not new, snapshot)
         if new:
             kept = [(by_key[h["path"]], h["adapter"]) for h in new_heads]
             _wrap_and_fill(
                 model, by_key, new, kept, left, path, scales, metadata
             )
-        _check_used(left, path)
     if doubt is not None:
         warnings.warn(doubt, stacklevel=3)
     return model
@@ -124,7 +123,7 @@ def _wrap_and_fill(model, by_key, entries, kept, left, path, scales, metadata):
         trained = [
             (copies.get((place.key, name), place), name) for place, name in kept
         ]
-        _fill(adapters, trained, left, path, scales)
+        _fill(adapters, trained, left, path, scales, True)
         for place in made:
             name = place.layer.adapter_name
             strength = metadata.get("strengths", {}).get(name, 1.0)
@@ -150,12 +149,15 @@ def _wrap_and_fill(model, by_key, entries, kept, left, path, scales, metadata):
         ) from error
 
 
-def _fill(adapters, heads, left, path, scales, snapshot=None):
-    """Gives weights their tensors, and takes these out of `left`."""
+def _fill(adapters, heads, left, path, scales, last, snapshot=None):
+    """Gives weights their tensors, and takes these out of `left`.
+
+    What is `last` leaves none there.
+    """
     variables = named_weights(adapters, heads)
     missing = sorted(variables.keys() - left.keys())
-    if missing:
-        unexpected = sorted(left.keys() - variables.keys())
+    unexpected = sorted(left.keys() - variables.keys())
+    if missing or (last and unexpected):
         raise ValueError(
             f"{path} does not hold exactly the adapters' tensors: missing "
             f"{missing[:4]}, unexpected {unexpected[:4]}."
@@ -172,14 +174,6 @@ def _fill(adapters, heads, left, path, scales, snapshot=None):
         snapshot.keep_values(variables.values())
     for name, variable in variables.items():
         variable.assign(left.pop(name))
-
-
-def _check_used(left, path):
-    if left:
-        raise ValueError(
-            f"{path} does not hold exactly the adapters' tensors: missing [], "
-            f"unexpected {sorted(left)[:4]}."
-        )
 
 
 def _check_entries(entries, by_key, path):

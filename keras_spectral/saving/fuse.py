@@ -141,9 +141,9 @@ def _fused_columns(files, contents, weights):
             ):
                 raise ValueError(
                     f"{file} has method {entry['method']!r} "
-                    f"(mode {options.get('mode')!r}) at '{entry['path']}'. Expected "
-                    "SpectralDense in mode 'additive'; other adapters fuse "
-                    "with method='average'."
+                    f"(mode {options.get('mode')!r}) at '{entry['path']}'. "
+                    "Expected SpectralDense in mode 'additive'; other adapters "
+                    "fuse with method='average'."
                 )
             parts = [
                 _tensor(given, f"{key}/{name}", file)
@@ -158,7 +158,9 @@ def _fused_columns(files, contents, weights):
             try:
                 _add_columns(columns.setdefault(key, {}), listed, parts, weight)
             except ValueError as error:
-                raise ValueError(f"{file}, at '{key}': {error}") from error
+                raise ValueError(
+                    f"{file}, at '{entry['path']}': {error}"
+                ) from error
         share = weight / sum(weights)
         heads = [head_slot(head) for head in metadata["trainable"]]
         for name in given:

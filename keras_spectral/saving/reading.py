@@ -112,7 +112,7 @@ def _check_entries(entries):
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TypeError(f"{name} is {_short(value)}")
         check_adapter_name(entry["adapter"])
-    _check_once(map(entry_slot, entries))
+    _check_once([(e["path"], e["adapter"], e["method"]) for e in entries])
 
 
 def _check_heads(heads, entries):
@@ -142,6 +142,9 @@ def _name_all(metadata):
     """Gives what a file of version 1 holds the name "default"."""
     for entry in metadata["adapters"]:
         entry["adapter"] = _FIRST
+        options = entry["options"]
+        if entry["method"] == "unipelt" and "adapter" in options:
+            options["bottleneck"] = options.pop("adapter")
     metadata["trainable"] = [
         {"path": key, "adapter": _FIRST} for key in metadata["trainable"]
     ]
@@ -212,13 +215,14 @@ def chosen(
             picked[f"{moved[start]}/{weight}"] = tensor
     strengths = metadata["strengths"]
     strengths = {wanted[n]: s for n, s in strengths.items() if n in wanted}
+    strengths = strengths if len(wanted) > 1 else {}
     return picked, {**metadata, **kept, "strengths": strengths}
 
 
 def _check_once(keys):
     for key, count in collections.Counter(keys).items():
         if count > 1:
-            raise ValueError(f"{key!r} is listed twice")
+            raise ValueError(f"{key[0]!r} is listed twice")
 
 
 def _short(value):

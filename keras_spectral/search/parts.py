@@ -24,6 +24,8 @@ from keras_spectral.model.hosts import require_adapters
 from keras_spectral.model.merge import unwrap_model
 from keras_spectral.model.wrap import wrap_model
 
+# The option that gives each part its size.
+_OPTIONS = {"lora": "lora", "prefix": "prefix", "adapter": "bottleneck"}
 Parts = dict[str, tuple[str, ...]]
 
 
@@ -279,8 +281,7 @@ def _keep_parts(model, kept, **changes):
         )
 
     def make(old):
-        off = {part: 0 for part in ("lora", "prefix", "adapter")}
-        off = {k: v for k, v in off.items() if k not in kept[old]}
+        off = {_OPTIONS[part]: 0 for part in _OPTIONS if part not in kept[old]}
         new = UniPELTBlock(old.layer, **{**old.options(), **changes, **off})
         return new, lambda: _take_weights(new, old)
 

@@ -11,7 +11,7 @@ from variants import BlockVariant
 
 import keras_spectral as ks
 
-PARTS = {"lora": 2, "prefix": 3, "adapter": 2}
+PARTS = {"lora": 2, "prefix": 3, "bottleneck": 2}
 _SIZE = 2 * 2 * 2 * WIDTH + 3 * 2 * WIDTH + net_size(2)
 VARIANTS = [
     BlockVariant(
@@ -87,7 +87,7 @@ def _oracle(layer, x, mask, gates_seen=None):
         y = _norm(base, "norm", example + attended)
         inner = np.maximum(y @ base["inner/kernel"] + base["inner/bias"], 0)
         total = y + inner @ base["outer/kernel"] + base["outer/bias"]
-        if layer.adapter != 0:
+        if layer.bottleneck != 0:
             z = _norm(base, "last_norm", total)
             down = z @ own["adapter_down_kernel"] + own["adapter_down_bias"]
             up = np.maximum(down, 0) @ own["adapter_up_kernel"]
@@ -195,7 +195,7 @@ def test_gates_of_zero_leave_the_base():
 
 
 def test_parts_that_are_off_have_no_weights():
-    layer, _ = _unipelt(lora=0, adapter=0)
+    layer, _ = _unipelt(lora=0, bottleneck=0)
     assert layer.gate_names == ["prefix"]
     names = {w.name for w in layer.trainable_weights}
     assert names == {"prefix_rows", "gate_prefix_kernel", "gate_prefix_bias"}
@@ -295,7 +295,7 @@ def test_counts_follow_from_the_options():
     [
         ({"lora": -1}, "lora=-1"),
         ({"prefix": 2.5}, "prefix=2.5"),
-        ({"lora": 0, "prefix": 0, "adapter": 0}, "at least one part"),
+        ({"lora": 0, "prefix": 0, "bottleneck": 0}, "at least one part"),
         ({"gate": "hard"}, "gate='hard'"),
         ({"penalty": "l2"}, "penalty='l2'"),
         ({"penalty": "latency", "sparsity": 0.1}, "gate='sigmoid'"),
@@ -321,5 +321,5 @@ def test_an_attention_layer_has_no_place_for_the_adapter():
     with pytest.raises(ValueError, match="no feed-forward net"):
         ks.wrap_model(model, "unipelt")
     np.testing.assert_array_equal(_numpy(model(given)), plain)
-    ks.wrap_model(model, "unipelt", adapter=0)
+    ks.wrap_model(model, "unipelt", bottleneck=0)
     assert np.abs(_numpy(model(given)) - plain).max() > 1e-6

@@ -42,7 +42,7 @@ def _fit(model, losses, *callbacks, name="val_loss"):
 
 
 def _saved(path):
-    return safetensors.numpy.load_file(path)["hidden/lora_a"]
+    return safetensors.numpy.load_file(path)["hidden/default/lora/lora_a"]
 
 
 @pytest.mark.parametrize(

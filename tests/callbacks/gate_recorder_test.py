@@ -10,7 +10,7 @@ import keras_spectral as ks
 
 def _model():
     model = block_cases.model()
-    ks.wrap_model(model, "unipelt", lora=0, prefix=3, adapter=2)
+    ks.wrap_model(model, "unipelt", lora=0, prefix=3, bottleneck=2)
     model.compile(keras.optimizers.Adam(0.05), "mse")
     inputs = block_cases.inputs()
     inputs = {k: np.concatenate([v] * 4) for k, v in inputs.items()}

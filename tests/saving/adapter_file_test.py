@@ -95,17 +95,17 @@ def test_what_is_in_the_file(saved):
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata, names = file.metadata(), set(file.keys())
     assert names == {
-        "dense/lora_a",
-        "dense/lora_b",
-        "dense/scale",
-        "dense_1/lora_a",
-        "dense_1/lora_b",
-        "dense_1/scale",
-        "head/kernel",
-        "head/bias",
+        "dense/default/lora/lora_a",
+        "dense/default/lora/lora_b",
+        "dense/default/lora/scale",
+        "dense_1/default/lora/lora_a",
+        "dense_1/default/lora/lora_b",
+        "dense_1/default/lora/scale",
+        "head/default/trained/kernel",
+        "head/default/trained/bias",
     }
     assert metadata["format"] == "keras_spectral.adapters"
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     first = json.loads(metadata["adapters"])[0]
     assert first["path"] == "dense" and first["method"] == "lora"
     assert first["options"]["rank"] == 2 and first["options"]["alpha"] == 3
@@ -149,19 +149,33 @@ def _check_refused(path, match, model=None, error=ValueError):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t.pop("dense/lora_a"), r"missing \['dense/lora_a'\]"),
-        (lambda t: t.pop("head/bias"), r"missing \['head/bias'\]"),
         (
-            lambda t: t.update({"dense/evil": t["dense/lora_a"]}),
-            r"unexpected \['dense/evil'\]",
+            lambda t: t.pop("dense/default/lora/lora_a"),
+            r"missing \['dense/default/lora/lora_a'\]",
         ),
         (
-            lambda t: t.update({"../x": t.pop("dense/lora_a")}),
-            r"missing \['dense/lora_a'\], unexpected \['../x'\]",
+            lambda t: t.pop("head/default/trained/bias"),
+            r"missing \['head/default/trained/bias'\]",
         ),
         (
-            lambda t: t.update({"dense/lora_a": t["dense/lora_a"][:, :1]}),
-            r"'dense/lora_a' has shape \(8, 1\).*\(8, 2\)",
+            lambda t: t.update(
+                {"dense/default/lora/evil": t["dense/default/lora/lora_a"]}
+            ),
+            r"unexpected \['dense/default/lora/evil'\]",
+        ),
+        (
+            lambda t: t.update({"../x": t.pop("dense/default/lora/lora_a")}),
+            r"missing \['dense/default/lora/lora_a'\], unexpected \['../x'\]",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "dense/default/lora/lora_a": t["dense/default/lora/lora_a"][
+                        :, :1
+                    ]
+                }
+            ),
+            r"'dense/default/lora/lora_a' has shape \(8, 1\).*\(8, 2\)",
         ),
     ],
 )
@@ -274,9 +288,15 @@ def test_every_backend_reads_a_file_as_numpy_does(saved):
     for kernel, bias, name in zip(
         values[0:4:2], values[1:4:2], ("dense", "dense_1")
     ):
-        delta = file[f"{name}/lora_a"] @ file[f"{name}/lora_b"]
+        delta = (
+            file[f"{name}/default/lora/lora_a"]
+            @ file[f"{name}/default/lora/lora_b"]
+        )
         x = np.maximum(x @ (kernel + 3 / 2 * delta) + bias, 0)
-    expected = x @ file["head/kernel"] + file["head/bias"]
+    expected = (
+        x @ file["head/default/trained/kernel"]
+        + file["head/default/trained/bias"]
+    )
     np.testing.assert_allclose(_out(fresh), expected, atol=1e-5)
 
 
@@ -329,7 +349,9 @@ def test_another_number_of_classes(tmp_path, heads):
 
 def test_a_head_that_rests_is_saved(saved):
     model, path = saved
-    kernel = _tensors(path)["head/kernel"]
+    kernel = _tensors(path)["head/default/trained/kernel"]
     model.trainable = False
     ks.save_adapters(model, path)
-    np.testing.assert_array_equal(_tensors(path)["head/kernel"], kernel)
+    np.testing.assert_array_equal(
+        _tensors(path)["head/default/trained/kernel"], kernel
+    )

@@ -181,7 +181,9 @@ def test_files_of_version_0_1_load(path):
     safetensors.numpy.save_file(tensors, path, metadata)
     other = ks.load_adapters(_model(1), path)
     u = other.get_layer("hidden").u
-    np.testing.assert_array_equal(u.numpy(), tensors["hidden/u"])
+    np.testing.assert_array_equal(
+        u.numpy(), tensors["hidden/default/spectral/u"]
+    )
 
 
 def test_averages_of_another_base_are_refused(tmp_path):

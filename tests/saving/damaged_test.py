@@ -78,9 +78,11 @@ def path(tmp_path):
 @pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float64"])
 def test_types_of_tensors(path, dtype):
     tensors, metadata = _file(path)
-    tensors["one/lora_a"] = tensors["one/lora_a"].astype(dtype)
+    tensors["one/default/lora/lora_a"] = tensors[
+        "one/default/lora/lora_a"
+    ].astype(dtype)
     _write(path, tensors, metadata)
-    _check_refused(path, "'one/lora_a' is of type")
+    _check_refused(path, "'one/default/lora/lora_a' is of type")
 
 
 def test_types_that_numpy_lacks(path):
@@ -88,25 +90,30 @@ def test_types_that_numpy_lacks(path):
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    start, end = header["one/scale"]["data_offsets"]
-    header["one/scale"] |= {"dtype": "F8_E4M3", "shape": [end - start]}
+    start, end = header["one/default/lora/scale"]["data_offsets"]
+    header["one/default/lora/scale"] |= {
+        "dtype": "F8_E4M3",
+        "shape": [end - start],
+    }
     text = json.dumps(header).encode()
     path.write_bytes(
         len(text).to_bytes(8, "little") + text + content[8 + size :]
     )
-    _check_refused(path, "'one/scale' is of type F8_E4M3")
+    _check_refused(path, "'one/default/lora/scale' is of type F8_E4M3")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_none(path, value):
     tensors, metadata = _file(path)
-    tensors["one/lora_a"][1, 1] = value
+    tensors["one/default/lora/lora_a"][1, 1] = value
     _write(path, tensors, metadata)
-    _check_refused(path, "'one/lora_a' holds NaN or infinite")
+    _check_refused(path, "'one/default/lora/lora_a' holds NaN or infinite")
     model = ks.wrap_model(_model(), "lora", target="one", rank=2)
-    model.get_layer("one").lora_a.assign(tensors["one/lora_a"])
+    model.get_layer("one").lora_a.assign(tensors["one/default/lora/lora_a"])
     content = path.read_bytes()
-    with pytest.raises(ValueError, match="Not saved.*'one/lora_a' holds NaN"):
+    with pytest.raises(
+        ValueError, match="Not saved.*'one/default/lora/lora_a' holds NaN"
+    ):
         ks.save_adapters(model, path)
     assert path.read_bytes() == content
 
@@ -122,12 +129,17 @@ def _twice(metadata):
     metadata["adapters"].append(copy.deepcopy(metadata["adapters"][0]))
 
 
+def _trained(key):
+    head = {"path": key, "adapter": "default"}
+    return lambda metadata: metadata["trainable"].append(head)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (_twice, "'one' is listed twice"),
-        (lambda m: m["trainable"].append("head"), "'head' is listed twice"),
-        (lambda m: m["trainable"].append("one"), "'one' is listed twice"),
+        (_trained("head"), "'head' is listed twice"),
+        (_trained("one"), "'one' is listed twice"),
         (lambda m: m.update(shared="[1]"), None),
         (lambda m: m.update(trainable=[{}]), "damaged metadata"),
         (lambda m: m.update(trainable={"head": 1}), "damaged metadata"),
@@ -165,7 +177,7 @@ def test_metadata_is_not_trusted(path, change, match):
 
 def test_a_contradicting_scale_in_a_wrapped_model(path):
     tensors, metadata = _file(path)
-    tensors["one/scale"] = np.array(3, "float32")
+    tensors["one/default/lora/scale"] = np.array(3, "float32")
     _write(path, tensors, metadata)
     model = ks.wrap_model(
         _model(), "lora", target=["one", "dense.*"], trainable="head", rank=2
