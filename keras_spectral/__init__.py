@@ -14,12 +14,14 @@ from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import search_rank
+from keras_spectral.layers import IA3
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import BitFit
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
 from keras_spectral.layers import DecayingLoRA
+from keras_spectral.layers import DoRADense
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import KernelAdapter
@@ -55,6 +57,7 @@ from keras_spectral.search.parts import search_parts
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdaLoRADense",
     "AdapterLayer",
     "BitFit",
@@ -62,6 +65,7 @@ __all__ = [
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
+    "DoRADense",
     "DyLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",

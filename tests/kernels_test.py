@@ -51,6 +51,87 @@ def test_sizes_and_matrix_round_trip(case):
         np.testing.assert_array_equal(weight.numpy(), value)
 
 
+def _scaled(case, by):
+    """The layer's outputs with its kernel's rows or columns scaled."""
+    layer = _linear(case)
+    view = kernel_view(layer)
+    rng = np.random.default_rng(1)
+    row = rng.normal(size=getattr(view, by)).astype("float32")
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.assign(rng.normal(size=layer.bias.shape))
+    return layer, view, ops.convert_to_tensor(row)
+
+
+@CASES
+def test_scaled_columns_are_scaled_outputs(case):
+    layer, view, row = _scaled(case, "n_out")
+    outputs = layer(case.inputs())
+    if not view.columns_are_outputs:
+        assert "transpose" in case.name
+        return
+    outputs = outputs * view.spread(row, outputs)
+    view.assign(view.matrix() * row)
+    bias = view.scaled_bias(row)
+    assert (bias is None) == (getattr(layer, "bias", None) is None)
+    if bias is not None:
+        layer.bias.assign(bias)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(outputs),
+        ops.convert_to_numpy(layer(case.inputs())),
+        atol=2e-5,
+    )
+
+
+@CASES
+def test_scaled_rows_are_scaled_inputs(case):
+    layer, view, row = _scaled(case, "n_in")
+    inputs = ops.convert_to_tensor(case.inputs())
+    if not view.rows_are_inputs:
+        assert case.name.startswith(("conv", "embedding"))
+        return
+    outputs = layer(inputs * view.spread_inputs(row, inputs))
+    view.assign(view.matrix() * row[:, None])
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(outputs),
+        ops.convert_to_numpy(layer(inputs)),
+        atol=2e-5,
+    )
+
+
+def test_rows_of_1x1_kernels_alone_are_inputs():
+    fitting = {
+        case.name
+        for case in layer_cases.CONV + layer_cases.GROUPED
+        if kernel_view(_linear(case)).rows_are_inputs
+    }
+    assert {"conv_2d_1x1", "conv_transpose"} <= fitting
+    assert all("1x1" in name or "transpose" in name for name in fitting)
+
+
+def test_a_factorised_layer_scales_as_its_halves():
+    layer = ks.LowRank(
+        keras.layers.Conv2D(2, 1, use_bias=False), keras.layers.Conv2D(4, 3)
+    )
+    x = np.random.default_rng(0).normal(size=(2, 5, 5, 3)).astype("float32")
+    outputs = layer(x)
+    view = kernel_view(layer)
+    assert view.columns_are_outputs and view.rows_are_inputs
+    row = np.arange(1, 5, dtype="float32")
+    outputs = ops.convert_to_numpy(outputs * view.spread(row, outputs))
+    layer.up.kernel.assign(layer.up.kernel * row)
+    got = ops.convert_to_numpy(layer(x))
+    np.testing.assert_allclose(got, outputs, atol=1e-5)
+    got = ops.convert_to_numpy(view.spread_inputs(row[:3], outputs))
+    np.testing.assert_array_equal(got, row[:3])
+
+
+def test_a_bias_that_columns_share_is_not_scaled():
+    layer = keras.layers.EinsumDense("abc,cde->abde", (3, 2, 4), bias_axes="e")
+    layer.build((None, 3, 6))
+    with pytest.raises(ValueError, match=r"shape \(4,\), so several of its 8"):
+        kernel_view(layer).scaled_bias(ops.ones((8,)))
+
+
 def test_group_matrix_is_block_diagonal():
     layer = keras.layers.Conv1D(4, 1, groups=2, use_bias=False)
     layer.build((None, 3, 6))

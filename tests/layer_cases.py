@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_spectral.kernels import kernel_view
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -167,6 +169,11 @@ EMBEDDING = [
 ALL = DENSE + EINSUM + CONV + GROUPED + EMBEDDING
 PLAIN_CONV = [c for c in CONV if "separable" not in c.name]
 PLAIN_CONV = [c for c in PLAIN_CONV if "transpose" not in c.name] + GROUPED
+
+
+def columns(layer):
+    """How many columns a built layer's kernel has as a matrix."""
+    return kernel_view(layer).n_out
 
 
 def named(*names):

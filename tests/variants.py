@@ -42,7 +42,8 @@ class Variant:
         exact_start: Whether it starts as the base bit for bit.
         starts_as_base: Whether it starts as the base at all.
         settle: What `fit` would change besides the trained weights.
-        bias_share: What is left of the base's bias once it is merged.
+        bias: `(variant, adapter, bias) -> bias`, what becomes of the base's
+            bias, in numpy.
     """
 
     adapter: type
@@ -54,7 +55,7 @@ class Variant:
     exact_start: bool = True
     starts_as_base: bool = True
     settle: Callable = lambda adapter: None
-    bias_share: float = 1.0
+    bias: Callable = lambda variant, adapter, bias: bias
 
     @property
     def merges(self):

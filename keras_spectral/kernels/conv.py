@@ -144,9 +144,20 @@ class ConvView(KernelView):
 
     def bias(self, outputs):
         bias = super().bias(outputs)
-        if bias is not None and self.layer.data_format == "channels_first":
-            bias = ops.reshape(bias, (-1, *[1] * (len(outputs.shape) - 2)))
-        return bias
+        return None if bias is None else self.spread(bias, outputs)
+
+    def spread(self, row, outputs):
+        row = super().spread(row, outputs)
+        if self.layer.data_format == "channels_last":
+            return row
+        return ops.reshape(row, (-1, *[1] * (len(outputs.shape) - 2)))
+
+    # Of 1x1 kernels alone: in others an input meets a row for each offset.
+    spread_inputs = spread
+
+    @property
+    def rows_are_inputs(self):
+        return math.prod(self.layer.kernel_size) == 1
 
     def _channels_last(self, x):
         if self.layer.data_format == "channels_last":
@@ -164,6 +175,7 @@ class SeparableConvView(ConvView):
     layer's own depthwise half makes of the layer's input."""
 
     kernel_name = "pointwise_kernel"
+    rows_are_inputs = False
 
     def slicings(self):
         return [1]
@@ -207,6 +219,9 @@ class ConvTransposeView(ConvView):
     """A transposed convolution maps one pixel's channels (n_in) to a patch
     of k x .. x k x filters (n_out): A is a 1x1, B a transposed convolution
     with the layer's own strides, padding and data format."""
+
+    columns_are_outputs = False
+    rows_are_inputs = True
 
     def down(self, inputs, a):
         if self.layer.data_format == "channels_last":

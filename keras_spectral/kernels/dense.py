@@ -62,6 +62,22 @@ class EinsumDenseView(KernelView):
             return super().add(outputs, inputs, a, b, **kwargs)
         return multiply_add(outputs, codes, b)
 
+    def spread(self, row, outputs):
+        _, target, _, columns = self._letters
+        return ops.cast(self._along(target, row, columns), outputs.dtype)
+
+    def spread_inputs(self, row, inputs):
+        source, _, rows, _ = self._letters
+        return ops.cast(self._along(source, row, rows), inputs.dtype)
+
+    def _along(self, term, numbers, letters):
+        """Numbers with an axis for each of some letters, as in a term."""
+        sizes = self._letter_sizes
+        order = [letters.index(c) for c in term if c in letters]
+        numbers = ops.reshape(numbers, [sizes[c] for c in letters])
+        shape = [sizes[c] if c in letters else 1 for c in term]
+        return ops.reshape(ops.transpose(numbers, order), shape)
+
     def positions(self, input_shape):
         source, _, rows, _ = self._letters
         sizes = dict(zip(source, input_shape))

@@ -12,6 +12,7 @@ class EmbeddingView(KernelView):
     """An embedding table: A is indexed by token id."""
 
     kernel_name = "embeddings"
+    rows_are_inputs = False
 
     def down(self, inputs, a):
         return ops.take(a, ops.cast(inputs, "int32"), axis=0)

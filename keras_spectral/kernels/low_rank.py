@@ -138,6 +138,20 @@ class LowRankView(KernelView):
     def bias(self, outputs):
         return self._up.bias(outputs)
 
+    def spread(self, row, outputs):
+        return self._up.spread(row, outputs)
+
+    def spread_inputs(self, row, inputs):
+        return self._down.spread_inputs(row, inputs)
+
+    @property
+    def columns_are_outputs(self):
+        return self._up.columns_are_outputs
+
+    @property
+    def rows_are_inputs(self):
+        return self._down.rows_are_inputs
+
     def trials(self, rng):
         return self._down.trials(rng)
 

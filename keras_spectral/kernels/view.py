@@ -22,10 +22,16 @@ class KernelView:
         fan_in: How many inputs one code is computed from.
         kernel_name: The layer's attribute that holds the kernel.
         groups: How many blocks the kernel has on its diagonal.
+        columns_are_outputs: Whether each column of `K` makes one of the
+            layer's outputs, so that a factor of the one is a factor of the
+            other.
+        rows_are_inputs: Whether each row of `K` takes one of its inputs.
     """
 
     kernel_name = "kernel"
     groups = 1
+    columns_are_outputs = True
+    rows_are_inputs = True
 
     def __init__(self, layer):
         self.layer = layer
@@ -141,6 +147,33 @@ class KernelView:
         """The layer's bias in a shape to add to outputs; None without one."""
         bias = getattr(self.layer, "bias", None)
         return None if bias is None else ops.cast(bias, outputs.dtype)
+
+    def spread(self, row, outputs):
+        """n_out numbers, one a column, in a shape to multiply outputs."""
+        return ops.cast(row, outputs.dtype)
+
+    def spread_inputs(self, row, inputs):
+        """n_in numbers, one a row, in a shape to multiply inputs."""
+        return ops.cast(row, inputs.dtype)
+
+    def scaled_bias(self, row):
+        """The bias times n_out numbers, in its own shape; None without one.
+
+        Raises:
+            ValueError: Columns share numbers of the bias.
+        """
+        bias = getattr(self.layer, "bias", None)
+        if bias is None:
+            return None
+        scaled = ops.cast(bias, row.dtype) * self.spread(row, row)
+        if math.prod(scaled.shape) != math.prod(bias.shape):
+            raise ValueError(
+                f"The bias of layer {self.label} has shape "
+                f"{tuple(bias.shape)}, so several of its {self.n_out} columns "
+                "share a number of it. Expected one for each, which can be "
+                "scaled by itself: keep the adapter, or exclude the layer."
+            )
+        return ops.reshape(scaled, bias.shape)
 
     @property
     def num_weights(self) -> int:

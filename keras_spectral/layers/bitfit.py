@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral.kernels import LowRank
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 
@@ -21,7 +22,8 @@ class BitFit(KernelAdapter):
     Source: Ben Zaken et al. 2021, arXiv 2106.10199.
 
     Args:
-        layer: The base: any layer with a `bias`, or a norm with a `beta`.
+        layer: The base: any layer that adds a `bias` last, or a norm with a
+            `beta`.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
 
     Call arguments:
@@ -30,7 +32,7 @@ class BitFit(KernelAdapter):
     Input shape: the base's. Output shape: the base's.
 
     Raises:
-        ValueError: A base without bias.
+        ValueError: A base without bias, or a recurrent cell.
 
     Example:
 
@@ -53,7 +55,8 @@ class BitFit(KernelAdapter):
         if not _will_have_bias(layer):
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) has no bias. "
-                "Expected a layer with a `bias`, or a norm with a `beta`."
+                "Expected a layer that adds a `bias` last, or a norm with a "
+                "`beta`."
             )
 
     @classmethod
@@ -64,6 +67,7 @@ class BitFit(KernelAdapter):
             return None
 
     def build_adapter(self):
+        self.check_base(self.layer)
         self.bias_delta = self.add_weight(
             name="bias_delta",
             shape=self._bias().shape,
@@ -72,14 +76,11 @@ class BitFit(KernelAdapter):
 
     def change(self, inputs, outputs, training=None, **kwargs):
         change = ops.cast(self.bias_delta, outputs.dtype)
-        if getattr(self.layer, "data_format", None) == "channels_first":
-            change = ops.reshape(change, (-1, *[1] * (len(outputs.shape) - 2)))
-        axis = getattr(self.layer, "axis", -1)
-        last = len(outputs.shape) - 1
-        if isinstance(axis, int) and axis not in (-1, last):
-            shape = [1] * len(outputs.shape)
-            shape[axis] = -1
-            change = ops.reshape(change, shape)
+        axes, sizes = _axes(self.layer), [1] * len(outputs.shape)
+        if axes is not None:
+            for axis, size in zip(axes, change.shape):
+                sizes[axis] = size
+            change = ops.reshape(change, sizes)
         return ops.broadcast_to(change, ops.shape(outputs))
 
     def bias_change(self):
@@ -90,10 +91,21 @@ class BitFit(KernelAdapter):
 
 
 def _will_have_bias(layer):
+    if hasattr(layer, "state_size"):  # a recurrent cell, whose bias is inside
+        return False
     if layer.built:
         return bias_name(layer) is not None
     options = ("use_bias", "bias_axes", "center")
     return any(getattr(layer, name, None) for name in options)
+
+
+def _axes(layer):
+    """The axes of the output that the bias stands for; None: its last ones."""
+    layer = layer.up if isinstance(layer, LowRank) else layer
+    axis = getattr(layer, "axis", None)  # of a norm
+    if axis is None and getattr(layer, "data_format", "") == "channels_first":
+        axis = 1
+    return [axis] if isinstance(axis, int) else axis
 
 
 def bias_name(layer: keras.layers.Layer) -> str | None:

@@ -9,10 +9,12 @@ from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral._internal.checks import is_small
 from keras_spectral._internal.twin import without_ending
+from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels import view_class_of
 from keras_spectral.kernels.spectra import Triplets
 from keras_spectral.kernels.spectra import factorize
+from keras_spectral.kernels.view import wide_dtype
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.adapter import Stack
 from keras_spectral.layers.host import Host
@@ -130,8 +132,10 @@ class KernelHost(Host):
         ]
         if not changes:
             return None
-        total = ops.cast(self._bias(), "float32") + sum(changes)
-        return ops.cast(total, self._bias().dtype)
+        bias = self._bias()
+        total = ops.cast(bias, wide_dtype(bias.dtype))
+        total = total + ops.cast(sum(changes), total.dtype)
+        return ops.cast(total, bias.dtype)
 
     def _bias(self):
         """The variable that holds the base's bias, or a norm's shift."""
@@ -195,6 +199,8 @@ class KernelAdapter(AdapterLayer, KernelHost):
     """
 
     one_direction = False  # whether it fits no table that is read backwards
+    scales_columns = False  # whether each column needs an output of its own
+    reads_kernel = False  # whether the change hangs on what the kernel holds
     changes_inputs = False
     forms_kernel = False
     only_bias = False  # whether it leaves the kernel alone
@@ -208,6 +214,14 @@ class KernelAdapter(AdapterLayer, KernelHost):
     @classmethod
     def check_base(cls, layer):
         view_class_of(layer)
+        last = layer.up if isinstance(layer, LowRank) else layer
+        if cls.scales_columns and not view_class_of(last).columns_are_outputs:
+            raise ValueError(
+                f"Layer '{layer.name}' is a {type(last).__name__}, whose "
+                "kernel's columns are no outputs: patches overlap. "
+                f"{cls.__name__} expects a layer with a column for each "
+                "output channel."
+            )
         reversible = isinstance(layer, keras.layers.ReversibleEmbedding)
         if cls.one_direction and reversible:
             raise ValueError(
@@ -275,14 +289,19 @@ class KernelAdapter(AdapterLayer, KernelHost):
 
     def _thin_added(self, total, inputs, training, **kwargs):
         a, b = self.scaled(*self.factors_of_step(training))
-        if self.dropout and is_training(training):
-            inputs = keras.random.dropout(
-                inputs, self.dropout, seed=self.seed_generator
-            )
+        inputs = self.dropped(inputs, training)
         if self.batch_rows is None:
             return self.view.add(total, inputs, a, b, **kwargs)
         change = self.view.apply(inputs, a, b, **kwargs)
         return total + self.in_rows(ops.cast(change, total.dtype))
+
+    def dropped(self, inputs, training):
+        """The inputs that a thin pair sees."""
+        if not (self.dropout and is_training(training)):
+            return inputs
+        return keras.random.dropout(
+            inputs, self.dropout, seed=self.seed_generator
+        )
 
     def factors_of_step(self, training):
         """The pair that a call uses."""

@@ -8,12 +8,21 @@ from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import describe
 from keras_spectral.model.paths import match_paths
 
-# Names that KerasHub gives to query and value projections, fused ones too.
-ATTENTION = re.compile(
-    r"(.*_)?(query|value|qkv|q|v)"
-    r"(_(dense|proj|projection|projector|proj_layer|conv2d))?"
-    r"|query_key_value|in_proj_qkv|attention_qkv\d?|c_attn|to_[qv]"
-)
+
+def _projections(word, letter):
+    """Names that KerasHub gives to value and one more kind of projections.
+
+    Fused ones are among them.
+    """
+    return re.compile(
+        rf"(.*_)?({word}|value|qkv|{letter}|v)"
+        r"(_(dense|proj|projection|projector|proj_layer|conv2d))?"
+        rf"|query_key_value|in_proj_qkv|attention_qkv\d?|c_attn|to_[{letter}v]"
+    )
+
+
+ATTENTION = _projections("query", "q")
+KEY_VALUE = _projections("key", "k")
 
 
 def require(

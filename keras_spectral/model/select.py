@@ -11,9 +11,11 @@ from keras_spectral.blocks.kinds import block_kind
 from keras_spectral.kernels import LowRank
 from keras_spectral.layers import BitFit
 from keras_spectral.layers.adapter import AdapterLayer
+from keras_spectral.layers.ia3 import FEED_FORWARD_OUTPUT
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hints import ATTENTION
+from keras_spectral.model.hints import KEY_VALUE
 from keras_spectral.model.hints import require
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import describe
@@ -309,6 +311,19 @@ def _attention(model, candidates):
     ]
 
 
+def _key_value_ffn(model, candidates):
+    """Key and value projections, and second layers of feed-forward nets."""
+    return [
+        place
+        for place in candidates
+        if isinstance(_first_half(place.layer), (*_LINEAR, *_CONV))
+        and (
+            KEY_VALUE.fullmatch(place.layer.name)
+            or FEED_FORWARD_OUTPUT.fullmatch(subject(place.layer).path or "")
+        )
+    ]
+
+
 def _all_linear(model, candidates):
     """Every Dense and EinsumDense but heads."""
     heads = {id(p.layer) for p in outside_backbone(model, candidates)}
@@ -357,6 +372,7 @@ _PRESETS = {
     "attention": _attention,
     "backbone": _backbone,
     "blocks": _blocks,
+    "key-value-ffn": _key_value_ffn,
     "all-linear": _all_linear,
     "conv": _conv,
     "biases": _biases,

@@ -94,10 +94,12 @@ def wrap_model(
             (its chain of names, as `list_targets` shows), a list of such,
             a layer or its class, a callable `layer -> bool` that is asked of
             each layer an adapter fits, or one of
-            `"attention"` (query and value projections), `"all-linear"`
+            `"attention"` (query and value projections), `"key-value-ffn"`
+            (key and value projections and the second layers of feed-forward
+            nets, by the names that KerasHub gives them), `"all-linear"`
             (every Dense and EinsumDense but heads), `"conv"`, `"all"`,
-            `"blocks"` (transformer blocks), `"backbone"`. Defaults to the
-            method's own:
+            `"biases"` (all with a bias, and norms), `"blocks"` (transformer
+            blocks), `"backbone"`. Defaults to the method's own, such as
             `"attention"`, for convolutional methods `"conv"`, for those
             that adapt whole blocks `"blocks"`.
         adapter: The adapter's name. What has it already gets more layers.

@@ -52,7 +52,7 @@ VARIANTS = [
         _full,
         starts_as_base=False,
         settle=_halfway,
-        bias_share=0.55,
+        bias=lambda variant, adapter, bias: 0.55 * bias,
     ),
 ]
 
