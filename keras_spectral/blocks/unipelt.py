@@ -19,6 +19,7 @@ from keras_spectral.blocks.gates import entropy
 from keras_spectral.blocks.parts import spread
 from keras_spectral.blocks.prefix import Prefix
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.low_rank_pair import LowRankPair
 
 LOW_GATE = 0.05  # a part whose mean gate stays below is of no use
 
@@ -319,16 +320,7 @@ class LowRankPart:
     def __init__(self, adapter, name, part, rank, seed):
         self.view = adapter.view.linear(part)
         self.slot = adapter.view.slot(part)
-        bound = self.view.fan_in**-0.5
-        start = keras.initializers.RandomUniform(
-            -bound, bound, derived_seed(seed, f"{name}_a")
-        )
-        self.a = adapter.add_weight(
-            name=f"{name}_a", shape=(self.view.n_in, rank), initializer=start
-        )
-        self.b = adapter.add_weight(
-            name=f"{name}_b", shape=(rank, self.view.n_out), initializer="zeros"
-        )
+        self.pair = LowRankPair(adapter, self.view, rank, name=name, seed=seed)
 
     def detours(self, strength) -> list[Detour]:
         calls = []
@@ -338,7 +330,7 @@ class LowRankPart:
             calls.append(x)
             if len(calls) > 1:  # DeBERTa's position embeddings
                 return outputs
-            a, b = (ops.cast(w, x.dtype) for w in (self.a, self.b))
+            a, b = (ops.cast(w, x.dtype) for w in self.pair.factors())
             delta = self.view.apply(x, a, b)
             share = spread(strength(x), delta)
             on = ops.not_equal(share, 0)

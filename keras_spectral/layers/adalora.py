@@ -11,9 +11,8 @@ from keras_spectral._backend import is_training
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.layers.kernel_adapter import KernelAdapter
-from keras_spectral.layers.lora import check_max_rank
-from keras_spectral.layers.lora import set_rank_and_alpha
+from keras_spectral.layers.low_rank_pair import LowRankAdapter
+from keras_spectral.layers.low_rank_pair import LowRankPair
 
 _STDDEV = 0.02
 _SMALL = 1e-5
@@ -45,7 +44,7 @@ class Loaded:
 
 
 @register_method("adalora")
-class AdaLoRADense(KernelAdapter):
+class AdaLoRADense(LowRankAdapter):
     """Low-rank adaptation by triplets: `y = base(x) + s * x (A * E) B`.
 
     A (n_in x rank) and B (rank x n_out) start normal with deviation 0.02, E
@@ -105,7 +104,7 @@ class AdaLoRADense(KernelAdapter):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        set_rank_and_alpha(self, rank, alpha)
+        self.set_rank(rank, alpha)
         self.orthogonality = check_number(orthogonality, "orthogonality", 0)
         self.set_dropout(dropout, seed)
         self._layers_of_model = 1
@@ -119,15 +118,10 @@ class AdaLoRADense(KernelAdapter):
                 adapter.layer_share.assign(1 / len(adapters))
 
     def build_adapter(self):
-        check_max_rank(self)
-        view, rank = self.view, self.rank
-        self.lora_a, self.lora_e, self.lora_b = (
-            self.add_weight(name=f"lora_{name}", shape=shape, initializer=start)
-            for name, shape, start in (
-                ("a", (view.n_in, rank), _normal(self.seed, "a")),
-                ("e", (rank,), "zeros"),
-                ("b", (rank, view.n_out), _normal(self.seed, "b")),
-            )
+        starts = [_normal(self.seed, name) for name in "ab"]
+        LowRankPair(self, self.view, self.rank, *starts)
+        self.lora_e = self.add_weight(
+            name="lora_e", shape=(self.rank,), initializer="zeros"
         )
         share = keras.initializers.Constant(1 / self._layers_of_model)
         self.layer_share = self.add_weight(

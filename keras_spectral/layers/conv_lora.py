@@ -6,18 +6,13 @@ from keras import ops
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.layers.kernel_adapter import KernelAdapter
-from keras_spectral.layers.lora import add_lora_factors
-from keras_spectral.layers.lora import lora_factors
-from keras_spectral.layers.lora import lora_scale
-from keras_spectral.layers.lora import lora_triplets_needed
-from keras_spectral.layers.lora import set_lora_options
+from keras_spectral.layers.low_rank_pair import LowRankAdapter
 
 _CONVS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
 @register_method("conv_lora")
-class ConvLoRA(KernelAdapter):
+class ConvLoRA(LowRankAdapter):
     """Low-rank adaptation of a convolution: `y = base(x) + s * D * x`.
 
     `factorization="channel"` makes the correction D a k x .. x k convolution
@@ -85,7 +80,7 @@ class ConvLoRA(KernelAdapter):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        set_lora_options(self, rank, alpha, dropout, scaling, initializer, seed)
+        self.set_lora_options(rank, alpha, dropout, scaling, initializer, seed)
         check_choice(factorization, "factorization", ("channel", "loralib"))
         _check_loralib(layer, factorization, initializer, dropout)
         self.factorization = factorization
@@ -103,12 +98,9 @@ class ConvLoRA(KernelAdapter):
     def is_low_rank(self):
         return self.factorization == "channel"
 
-    def triplets_needed(self, view):
-        return lora_triplets_needed(self)
-
     def build_adapter(self):
         if self.factorization == "channel":
-            add_lora_factors(self)
+            self.pair = self.lora_pair()
             return
         size, _, c_in, c_out = self.layer.kernel.shape
         c_in, c_out = c_in * self.layer.groups, c_out // self.layer.groups
@@ -132,15 +124,12 @@ class ConvLoRA(KernelAdapter):
             initializer="zeros",
         )
 
-    def initial_scale(self):
-        return lora_scale(self.rank, self.alpha, self.scaling)
-
     @property
     def forms_kernel(self):
         return self.factorization == "loralib"
 
     def factors(self):
-        return lora_factors(self)
+        return self.pair.factors()
 
     def kernel_change(self):
         size, _, c_in, c_out = self.layer.kernel.shape

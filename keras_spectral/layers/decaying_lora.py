@@ -13,17 +13,16 @@ from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import check_whole
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.layers.kernel_adapter import KernelAdapter
-from keras_spectral.layers.lora import add_pair
-from keras_spectral.layers.lora import check_max_rank
-from keras_spectral.layers.lora import set_rank_and_alpha
+from keras_spectral.layers.low_rank_pair import LowRankAdapter
+from keras_spectral.layers.low_rank_pair import LowRankPair
+from keras_spectral.layers.low_rank_pair import lora_start
 
 _MOST_STEPS = 2**31  # steps are counted in int32
 _SMALLEST = 1e-3  # where an exponential decay to 0 is cut off
 
 
 @register_method("decaying_lora")
-class DecayingLoRA(KernelAdapter):
+class DecayingLoRA(LowRankAdapter):
     """Weight transfer: `y = d(t) base(x) + (alpha / rank) x A B`.
 
     The factor d falls from 1 at `start_step` to `min_decay` at `end_step`,
@@ -111,7 +110,7 @@ class DecayingLoRA(KernelAdapter):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        set_rank_and_alpha(self, rank, alpha)
+        self.set_rank(rank, alpha)
         _check_steps(start_step, end_step)
         check_choice(schedule, "schedule", tuple(_SCHEDULES))
         check_choice(initializer, "initializer", ("svd", "fan_in", "zeros"))
@@ -131,11 +130,13 @@ class DecayingLoRA(KernelAdapter):
         return self.rank if self.initializer == "svd" else 0
 
     def build_adapter(self):
-        check_max_rank(self)
-        a_start, b_start = self._start()
-        if self._keeps_start:
-            add_pair(self, "start_a", "start_b", a_start, b_start, False)
-        add_pair(self, "lora_a", "lora_b", a_start, b_start, True)
+        self.pair = LowRankPair(
+            self,
+            self.view,
+            self.rank,
+            *self._start(),
+            keeps_start=self._keeps_start,
+        )
         self.step = self.add_weight(
             name="step",
             shape=(),
@@ -150,9 +151,6 @@ class DecayingLoRA(KernelAdapter):
             initializer=keras.initializers.Constant(alone),
             trainable=False,
         )
-
-    def initial_scale(self):
-        return self.alpha / self.rank
 
     def change(self, inputs, outputs, training=None, **kwargs):
         training = is_training(training) and self.trainable
@@ -190,12 +188,8 @@ class DecayingLoRA(KernelAdapter):
 
     def _pair(self, decay):
         """A and B in full strength, the fading start included."""
-        b = self.lora_b * self.scale
-        if not self._keeps_start:
-            return self.lora_a, b
-        a = ops.concatenate([self.lora_a, self.start_a], axis=1)
-        faded = self.start_b * (-decay * self.scale)
-        return a, ops.concatenate([b, faded], axis=0)
+        a, b = self.pair.factors(decay)
+        return a, b * self.scale
 
     def _schedule(self):
         length = self.end_step - self.start_step
@@ -222,9 +216,7 @@ class DecayingLoRA(KernelAdapter):
                 lambda shape, dtype=None: u * root,
                 lambda shape, dtype=None: ops.transpose(v * (sign * root)),
             )
-        bound = math.sqrt(1 / view.fan_in)
-        seed = derived_seed(self.seed, "lora_a")
-        a = keras.initializers.RandomUniform(-bound, bound, seed)
+        a = lora_start(view, derived_seed(self.seed, "lora_a"))
         if self.initializer == "zeros":
             return a, "zeros"
         bound = math.sqrt(1 / self.rank)

@@ -3,18 +3,13 @@
 from keras import ops
 
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.layers.kernel_adapter import KernelAdapter
-from keras_spectral.layers.lora import add_lora_factors
-from keras_spectral.layers.lora import lora_factors
-from keras_spectral.layers.lora import lora_scale
-from keras_spectral.layers.lora import lora_triplets_needed
-from keras_spectral.layers.lora import set_lora_options
+from keras_spectral.layers.low_rank_pair import LowRankAdapter
 
 _SHORTEST = 1e-6  # what a column's norm is at least taken to be
 
 
 @register_method("dora")
-class DoRADense(KernelAdapter):
+class DoRADense(LowRankAdapter):
     """Weight-decomposed LoRA: `K' = V diag(m / |V|)`, `V = K + s * A B`.
 
     |V| holds the norm of each of V's n_out columns, the magnitude m (n_out)
@@ -86,13 +81,10 @@ class DoRADense(KernelAdapter):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        set_lora_options(self, rank, alpha, dropout, scaling, initializer, seed)
-
-    def triplets_needed(self, view):
-        return lora_triplets_needed(self)
+        self.set_lora_options(rank, alpha, dropout, scaling, initializer, seed)
 
     def build_adapter(self):
-        add_lora_factors(self)
+        self.pair = self.lora_pair()
         self.kernel_norms = self._add_norms("kernel_norms", self._norms, False)
         # A fresh tensor: two variables must not share one buffer.
         self.magnitude = self._add_norms(
@@ -114,12 +106,9 @@ class DoRADense(KernelAdapter):
         norms = ops.sqrt(ops.sum(ops.square(kernel), axis=0))
         return ops.maximum(norms, _SHORTEST)
 
-    def initial_scale(self):
-        return lora_scale(self.rank, self.alpha, self.scaling)
-
     def change(self, inputs, outputs, training=None, **kwargs):
         ratio = self._ratio()
-        a, b = lora_factors(self)
+        a, b = self.pair.factors()
         b = b * (self.scale * ratio)
         a, b = (ops.cast(x, self.compute_dtype) for x in (a, b))
         pair = self.view.apply(self.dropped(inputs, training), a, b)
@@ -129,7 +118,7 @@ class DoRADense(KernelAdapter):
         return linear + ops.cast(pair, outputs.dtype)
 
     def delta_matrix(self):
-        a, b = lora_factors(self)
+        a, b = self.pair.factors()
         kernel = self.view.matrix()
         ratio = ops.cast(self._ratio(), kernel.dtype)
         pair = ops.cast(ops.matmul(a, b * self.scale), kernel.dtype)
@@ -141,7 +130,7 @@ class DoRADense(KernelAdapter):
         `|V_j|^2 = |K_j|^2 + B_j^T (2 s A^T K_j + s^2 A^T A B_j)`, relative to
         |K_j|^2: the start, where B is zero, is exact.
         """
-        a, b = map(ops.stop_gradient, lora_factors(self))
+        a, b = map(ops.stop_gradient, self.pair.factors())
         b = b * self.scale
         kernel = ops.cast(self.view.matrix(), "float32")
         # Groups of a convolution have rows of A, and columns of B, apart.

@@ -9,14 +9,12 @@ from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.layers.kernel_adapter import KernelAdapter
-from keras_spectral.layers.lora import add_pair
-from keras_spectral.layers.lora import check_max_rank
-from keras_spectral.layers.lora import set_rank_and_alpha
+from keras_spectral.layers.low_rank_pair import LowRankAdapter
+from keras_spectral.layers.low_rank_pair import LowRankPair
 
 
 @register_method("dylora")
-class DyLoRADense(KernelAdapter):
+class DyLoRADense(LowRankAdapter):
     """Dynamic low-rank adapter: one training for every rank up to `rank`.
 
     `y = base(x) + (alpha / b) x A[:, :b] B[:b, :]`
@@ -64,7 +62,7 @@ class DyLoRADense(KernelAdapter):
         self, layer, rank=8, alpha=None, frozen=False, seed=None, **kwargs
     ):
         super().__init__(layer, **kwargs)
-        set_rank_and_alpha(self, rank, alpha)
+        self.set_rank(rank, alpha)
         self.frozen = check_flag(frozen, "frozen")
         self.seed = check_seed(seed)
         self.seed_generator = keras.random.SeedGenerator(
@@ -72,11 +70,7 @@ class DyLoRADense(KernelAdapter):
         )
 
     def build_adapter(self):
-        check_max_rank(self)
-        bound = self.view.fan_in**-0.5
-        seed = derived_seed(self.seed, "lora_a")
-        start = keras.initializers.RandomUniform(-bound, bound, seed)
-        add_pair(self, "lora_a", "lora_b", start, "zeros", True)
+        LowRankPair(self, self.view, self.rank, seed=self.seed)
         self.active = self.add_weight(
             name="active",
             shape=(),

@@ -1,20 +1,11 @@
 """LoRA: a trained low-rank pair beside a frozen kernel."""
 
-import math
-
-import keras
-from keras import ops
-
-from keras_spectral._internal.checks import check_alpha
-from keras_spectral._internal.checks import check_choice
-from keras_spectral._internal.checks import check_rank
-from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.low_rank_pair import LowRankAdapter
 
 
 @register_method("lora")
-class LoRADense(KernelAdapter):
+class LoRADense(LowRankAdapter):
     """Low-rank adaptation of a linear layer: `y = base(x) + s * x A B`.
 
     A (n_in x rank) starts uniform in +-sqrt(1/n_in), B (rank x n_out) starts
@@ -79,100 +70,10 @@ class LoRADense(KernelAdapter):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        set_lora_options(self, rank, alpha, dropout, scaling, initializer, seed)
-
-    def triplets_needed(self, view):
-        return lora_triplets_needed(self)
+        self.set_lora_options(rank, alpha, dropout, scaling, initializer, seed)
 
     def build_adapter(self):
-        add_lora_factors(self)
-
-    def initial_scale(self):
-        return lora_scale(self.rank, self.alpha, self.scaling)
+        self.pair = self.lora_pair()
 
     def factors(self):
-        return lora_factors(self)
-
-
-def set_lora_options(adapter, rank, alpha, dropout, scaling, initializer, seed):
-    """Checks and keeps the options that LoRA and its relatives share."""
-    check_choice(scaling, "scaling", ("standard", "rslora"))
-    check_choice(initializer, "initializer", ("kaiming", "pissa"))
-    set_rank_and_alpha(adapter, rank, alpha)
-    adapter.scaling = scaling
-    adapter.initializer = initializer
-    adapter.set_dropout(dropout, seed)
-
-
-def set_rank_and_alpha(adapter, rank, alpha):
-    """Checks and keeps a rank and a strength, which defaults to it."""
-    adapter.rank = check_rank(rank)
-    adapter.alpha = adapter.rank if alpha is None else check_alpha(alpha)
-
-
-def lora_scale(rank, alpha, scaling):
-    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
-
-
-def check_max_rank(adapter):
-    """Raises if the adapter's rank is too large for its kernel."""
-    view, rank = adapter.view, adapter.rank
-    if rank > view.max_rank:
-        raise ValueError(
-            f"Received rank={rank} for layer '{adapter.name}', whose kernel "
-            f"is {view.n_in} x {view.n_out}. Expected at most "
-            f"{view.max_rank}; give this layer its own rank with `overrides`, "
-            "or exclude it."
-        )
-
-
-def add_lora_factors(adapter):
-    """Gives the adapter `lora_a`, `lora_b` and, for PiSSA, their start."""
-    check_max_rank(adapter)
-    bound = math.sqrt(1 / adapter.view.fan_in)
-    seed = derived_seed(adapter.seed, "lora_a")
-    a_start = keras.initializers.RandomUniform(-bound, bound, seed)
-    b_start = "zeros"
-    if adapter.initializer == "pissa":
-        a_start, b_start = _pissa_start(adapter)
-        add_pair(adapter, "start_a", "start_b", a_start, b_start, False)
-    add_pair(adapter, "lora_a", "lora_b", a_start, b_start, True)
-
-
-def lora_factors(adapter):
-    if adapter.initializer != "pissa":
-        return adapter.lora_a, adapter.lora_b
-    a = ops.concatenate([adapter.lora_a, adapter.start_a], axis=1)
-    b = ops.concatenate([adapter.lora_b, -adapter.start_b], axis=0)
-    return a, b
-
-
-def add_pair(adapter, a_name, b_name, a_start, b_start, trainable):
-    """Gives the adapter a pair A (n_in x rank), B (rank x n_out)."""
-    rank, view = adapter.rank, adapter.view
-    for name, shape, start in (
-        (a_name, (view.n_in, rank), a_start),
-        (b_name, (rank, view.n_out), b_start),
-    ):
-        variable = adapter.add_weight(
-            name=name,
-            shape=shape,
-            initializer=start,
-            trainable=trainable,
-        )
-        setattr(adapter, name, variable)
-
-
-def lora_triplets_needed(adapter):
-    return adapter.rank if adapter.initializer == "pissa" else 0
-
-
-def _pissa_start(adapter):
-    u, s, v = map(ops.convert_to_tensor, adapter.take_triplets(adapter.rank))
-    root = ops.sqrt(s)
-
-    # Fresh tensors each time: two variables must not share one buffer.
-    return (
-        lambda shape, dtype=None: u * root,
-        lambda shape, dtype=None: ops.transpose(v * root),
-    )
+        return self.pair.factors()
