@@ -9,7 +9,6 @@ from keras_spectral.model.paths import describe
 from keras_spectral.model.paths import match_paths
 
 
-
 def _projections(word, letter):
     """Names that KerasHub gives to value and one more kind of projections.
 
