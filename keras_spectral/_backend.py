@@ -31,6 +31,39 @@ def scope_of(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
     return strategy.scope()
 
 
+def is_off(strength: keras.Variable) -> bool:
+    """Whether a strength is 0, where Python can know without a wait.
+
+    PyTorch runs eagerly: what is off is left out there. Its answer is kept
+    until the variable is assigned again, because a look at a number makes a
+    GPU stop. A compiled step, as of the other backends, is not traced anew
+    for another strength, so there the answer is always False.
+    """
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    value = strength.value
+    if torch.compiler.is_compiling() or value.device.type == "meta":
+        return False
+    known = (id(value), value._version)
+    if vars(strength).get("_known", (None, None))[0] != known:
+        strength._known = (known, bool(value.detach() == 0))
+    return strength._known[1]
+
+
+def multiply_add(outputs, codes, b):
+    """`outputs + codes b` for a matrix b, on PyTorch in one pass."""
+    if keras.backend.backend() != "torch":
+        product = keras.ops.matmul(codes, b)
+        return outputs + keras.ops.reshape(product, keras.ops.shape(outputs))
+    import torch
+
+    flat = outputs.reshape(-1, b.shape[1])
+    codes = codes.reshape(-1, b.shape[0])
+    return torch.addmm(flat, codes, b).reshape(outputs.shape)
+
+
 def is_training(training) -> bool:
     """Whether a call trains; a ValueError where JAX hides it.
 

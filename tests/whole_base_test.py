@@ -1,8 +1,6 @@
 """The base of an adapter stays whole, whatever happens around it."""
 
 import copy
-import sys
-import threading
 
 import block_cases
 import keras
@@ -193,35 +191,6 @@ def test_heads_of_16_bits_train_in_32():
     ks.unwrap_model(model)
     assert model.get_layer("head").kernel.dtype == "bfloat16"
     np.testing.assert_array_equal(_out(model), plain)
-
-
-@pytest.mark.parametrize("method", ["bottleneck", "prefix", "unipelt", "lora"])
-def test_two_threads_call_one_model(method):
-    model = block_cases.model()
-    target = r".*/query" if method == "lora" else None
-    ks.wrap_model(model, method, target)
-    _jolt(model)
-    given = [block_cases.inputs(), block_cases.inputs()]
-    given[1]["x"] = -given[1]["x"]
-    expected = [_out(model, inputs) for inputs in given]
-    wrong = [0, 0]
-
-    def call(i):
-        for _ in range(20):
-            error = np.abs(_out(model, given[i]) - expected[i]).max()
-            wrong[i] += not error < 1e-4
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    threads = [threading.Thread(target=call, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    sys.setswitchinterval(interval)
-    assert wrong == [0, 0]
-    for inputs, outputs in zip(given, expected):
-        np.testing.assert_array_equal(_out(model, inputs), outputs)
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prefix", "unipelt", "lora"])

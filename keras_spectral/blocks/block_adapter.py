@@ -57,7 +57,8 @@ class BlockHost(Host):
     def call(self, *args, training=None, **kwargs):
         mixed = [m for m in self.members() if m.batch_rows is not None]
         if not mixed:
-            return self._run(self.members(), args, kwargs, training)
+            on = [m for m in self.members() if not m.left_out(training)]
+            return self._run(on, args, kwargs, training)
         outputs = self._run([], args, kwargs, training)
         for member in mixed:
             own = self._run([member], args, kwargs, training)

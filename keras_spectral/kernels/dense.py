@@ -6,10 +6,17 @@ import string
 import keras
 from keras import ops
 
+from keras_spectral._backend import multiply_add
 from keras_spectral.kernels.view import KernelView
 
 
 class DenseView(KernelView):
+    def add(self, outputs, inputs, a, b, **kwargs):
+        codes = self.down(inputs, a)
+        if codes.dtype != outputs.dtype:
+            return super().add(outputs, inputs, a, b, **kwargs)
+        return multiply_add(outputs, codes, b)
+
     def down(self, inputs, a):
         return ops.matmul(inputs, a)
 
@@ -45,6 +52,15 @@ class EinsumDenseView(KernelView):
     def up(self, codes, b):
         b = ops.reshape(b, (b.shape[0], *self._out_shape))
         return ops.einsum(self._up_equation, codes, b)
+
+    def add(self, outputs, inputs, a, b, **kwargs):
+        _, target, _, columns = self._letters
+        codes = self.down(inputs, a)
+        # Else B's columns are not those of the outputs, one after the other.
+        in_order = target.endswith(columns) and bool(columns)
+        if not in_order or codes.dtype != outputs.dtype:
+            return super().add(outputs, inputs, a, b, **kwargs)
+        return multiply_add(outputs, codes, b)
 
     def spread(self, row, outputs):
         _, target, _, columns = self._letters

@@ -130,6 +130,11 @@ class KernelView:
         """The thin product `x A B` on the layer's input."""
         return self.up(self.down(inputs, a), b)
 
+    def add(self, outputs, inputs, a, b, **kwargs):
+        """`outputs + x A B`, in the dtype of the outputs."""
+        product = self.apply(inputs, a, b, **kwargs)
+        return outputs + ops.cast(product, outputs.dtype)
+
     def down(self, inputs, a):
         """Applies A (n_in x r) to the layer's input: codes (..., r)."""
         raise NotImplementedError

@@ -180,7 +180,7 @@ class ConditionalSpectralDense(KernelAdapter):
     def initial_scale(self):
         return self.alpha
 
-    def change_of_outputs(self, inputs, outputs, training=None, mask=None):
+    def added(self, total, inputs, outputs, training, mask, **kwargs):
         codes = self.view.down(inputs, ops.cast(self.u, self.compute_dtype))
         gates = self._gates(codes, mask, training)
         strength = gates * (self.s * self.amount)
@@ -189,7 +189,8 @@ class ConditionalSpectralDense(KernelAdapter):
         strength = ops.reshape(strength, (-1, *middle, self.rank))
         codes = codes * ops.cast(strength, codes.dtype)
         v = ops.cast(ops.transpose(self.v), self.compute_dtype)
-        return self.view.up(codes, v)
+        change = ops.cast(self.view.up(codes, v), total.dtype)
+        return total + self.in_rows(change)
 
     def _gates(self, codes, mask, training):
         """Gates (batch, rank) of codes (batch, ..., rank)."""

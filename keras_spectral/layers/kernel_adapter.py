@@ -30,7 +30,7 @@ class KernelHost(Host):
     """
 
     def call(self, inputs, training=None, mask=None, **kwargs):
-        members = self.members()
+        members = [m for m in self.members() if not m.left_out(training)]
         before = [m for m in members if m.changes_inputs]
         # One run with a changed kernel, unless it has to see other inputs.
         formed = [
@@ -47,11 +47,9 @@ class KernelHost(Host):
             plain = self._base()(inputs, **kwargs)
         for member in members:
             if member not in before and member not in formed:
-                change = member.change_of_outputs(
-                    inputs, plain, training=training, mask=mask, **kwargs
+                outputs = member.added(
+                    outputs, inputs, plain, training, mask, **kwargs
                 )
-                change = member.in_rows(ops.cast(change, outputs.dtype))
-                outputs = outputs + change
         return self._finish(outputs, **kwargs)
 
     def compute_output_spec(self, inputs, mask=None, **kwargs):
@@ -267,26 +265,35 @@ class KernelAdapter(AdapterLayer, KernelHost):
             triplets = factorize([(self.view, count)])[0]
         return triplets
 
-    def change_of_outputs(
-        self, inputs, outputs, training=None, mask=None, **kwargs
-    ):
-        """Strength times the change of the base's outputs."""
-        if hasattr(self, "factors"):
-            return self._thin_change(inputs, training, **kwargs)
-        if self.changes_inputs:
-            raise NotImplementedError
-        if self.forms_kernel:
-            return self.view.linear(
-                inputs, self.amount_of(self.kernel_change())
-            )
-        return self.weighed(
-            self.change(inputs, outputs, training=training, **kwargs)
-        )
+    def added(self, total, inputs, outputs, training, mask, **kwargs):
+        """What it makes of outputs: strength times the change comes on top.
 
-    def _thin_change(self, inputs, training, **kwargs):
+        Args:
+            total: What is changed: the base's outputs, with other changes.
+            inputs: What the base was given.
+            outputs: What it gave.
+            training: Boolean.
+            mask: Boolean (batch, tokens) or None.
+            **kwargs: Further arguments of the call.
+        """
+        if hasattr(self, "factors"):
+            return self._thin_added(total, inputs, training, **kwargs)
+        if self.forms_kernel:
+            kernel = self.amount_of(self.kernel_change())
+            change = self.view.linear(inputs, kernel)
+        else:
+            change = self.weighed(
+                self.change(inputs, outputs, training=training, **kwargs)
+            )
+        return total + self.in_rows(ops.cast(change, total.dtype))
+
+    def _thin_added(self, total, inputs, training, **kwargs):
         a, b = self.scaled(*self.factors_of_step(training))
         inputs = self.dropped(inputs, training)
-        return self.view.apply(inputs, a, b, **kwargs)
+        if self.batch_rows is None:
+            return self.view.add(total, inputs, a, b, **kwargs)
+        change = self.view.apply(inputs, a, b, **kwargs)
+        return total + self.in_rows(ops.cast(change, total.dtype))
 
     def dropped(self, inputs, training):
         """The inputs that a thin pair sees."""

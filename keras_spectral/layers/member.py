@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_off
 from keras_spectral._internal.checks import check_adapter_name
 
 
@@ -55,6 +56,12 @@ class Member:
     def load_own_variables(self, store):
         super().load_own_variables(store)
         self.is_off = self.current_strength() == 0
+
+    def left_out(self, training=None) -> bool:
+        """Whether a call can do without it: it is off, and does not train."""
+        if self.batch_rows is not None or (training and self.trainable):
+            return False
+        return is_off(self.adapter_strength)
 
     def in_rows(self, change):
         """A change of outputs, zero for examples that it is not meant for."""

@@ -242,7 +242,7 @@ def keep_all(model: keras.Model, snapshot: Snapshot) -> None:
     snapshot.keep(*hosts(model), *members(model))
     for member in members(model):
         own = member._non_trainable_variables
-        snapshot.keep_values(w for w in own if not w.shape)
+        snapshot.keep_values(w for w in own if len(w.shape) == 0)
 
 
 def check_model(model: keras.Model) -> None:
