@@ -15,6 +15,7 @@ BASES = {
     "attention": lambda: layers.Dense(6, name="query"),
     "all-linear": lambda: layers.Dense(6, name="dense"),
     "conv": lambda: layers.Conv1D(6, 3, name="conv"),
+    "key-value-ffn": lambda: layers.Dense(6, name="value"),
     "biases": lambda: layers.Dense(6, name="dense"),
 }
 

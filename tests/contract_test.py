@@ -16,6 +16,7 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.blocks import BlockAdapter
 from keras_spectral.layers import METHODS
+from keras_spectral.layers.member import own_weights
 
 VARIANTS = variants.collected("layers")
 PAIRS = [
@@ -24,6 +25,15 @@ PAIRS = [
     for case in layer_cases.on_this_backend(variant.cases)
 ]
 CONTRACT = pytest.mark.parametrize(("variant", "case"), PAIRS)
+# Two of a variant on one layer, and each beside a LoRA: of each variant on one
+# kind of layer, on PyTorch the two on one for each view.
+ALONE = [
+    pytest.param(variant, layer_cases.simplest(variant.cases), id=variant.name)
+    for variant in VARIANTS
+]
+FEW = ALONE
+if keras.backend.backend() == "torch":
+    FEW = [p for p in PAIRS if p.values[1] in layer_cases.ONE_PER_VIEW]
 MERGING = pytest.mark.parametrize(
     ("variant", "case"), [pair for pair in PAIRS if pair.values[0].merges]
 )
@@ -259,3 +269,103 @@ def test_masks_pass_as_in_the_base(variant, case):
         np.testing.assert_array_equal(
             ops.convert_to_numpy(got), ops.convert_to_numpy(expected)
         )
+
+
+def _two(variant, case, other):
+    """A model with adapters "one" and "two" on its layer, "one" moved.
+
+    "two" is active, as it starts.
+    """
+    model, layer = _model(case)
+    cls, options = variant.adapter, variant.options
+    if other == "lora":
+        cls, options = ks.LoRADense, {"rank": 2}
+    starts = []
+    for name, kind, given in (
+        ("one", variant.adapter, variant.options),
+        ("two", cls, options),
+    ):
+        ks.wrap_model(
+            model, kind, target=lambda x: x is layer, adapter=name, **given
+        )
+        starts.append(_numpy(model(case.inputs())))
+        if name == "one":
+            _randomize(variant, _members(model)[0])
+    return model, layer, starts
+
+
+def _members(model):
+    (host,) = (x for x in model.layers if getattr(x, "is_host", False))
+    return host.members()
+
+
+def _kernel(model, view):
+    host = next(x for x in model.layers if getattr(x, "is_host", False))
+    return _numpy(view.to_matrix(getattr(host, view.kernel_name)))
+
+
+@pytest.mark.parametrize(("variant", "case"), FEW)
+def test_two_of_itself_add_up(variant, case, tmp_path):
+    _check_sum(variant, case, "itself", tmp_path)
+
+
+@pytest.mark.parametrize(("variant", "case"), ALONE)
+def test_it_adds_up_with_a_lora(variant, case, tmp_path):
+    _check_sum(variant, case, "lora", tmp_path)
+
+
+def _check_sum(variant, case, other, tmp_path):
+    model, layer, starts = _two(variant, case, other)
+    x = case.inputs()
+    plain = _numpy(layer(x))
+    if other == "itself":
+        np.testing.assert_array_equal(starts[1], starts[0])
+    else:
+        np.testing.assert_array_equal(starts[1], plain)
+    one, two = _members(model)
+    rng = np.random.default_rng(6)
+    for weight in two.trainable_weights:
+        weight.assign(weight + rng.normal(0, 0.3, weight.shape))
+    alone, kernels, view = {}, {}, one.view
+    for name in ("one", "two"):
+        ks.set_adapters(model, name)
+        alone[name] = _numpy(model(x))
+        kernels[name] = _kernel(model, view)
+    ks.set_adapters(model, [])
+    np.testing.assert_array_equal(_numpy(model(x)), plain)
+    base = _kernel(model, view)
+    for strengths in ({"one": 0.5, "two": 1.0}, {"one": 1.0, "two": 0.5}):
+        ks.set_adapters(model, strengths)
+        mixed = model(x)
+        total = sum(s * (kernels[n] - base) for n, s in strengths.items())
+        _check_close(_kernel(model, view), base + total)
+        if variant.merges:
+            with ks.merged(model):
+                _check_close(mixed, model(x))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    _check_close(again(x), mixed, 1e-6)
+    ks.save_adapters(model, tmp_path / "one.safetensors", adapter="one")
+    ks.delete_adapter(model, "two")
+    ks.set_adapters(model, "one")
+    np.testing.assert_array_equal(_numpy(model(x)), alone["one"])
+    ks.unwrap_model(model)
+    ks.load_adapters(model, tmp_path / "one.safetensors")
+    assert ks.adapter_names(model) == ["one"]
+    _check_close(model(x), alone["one"], 1e-6)
+
+
+@pytest.mark.parametrize("other", ["lora", "itself"])
+@pytest.mark.parametrize(("variant", "case"), ALONE)
+def test_of_two_adapters_the_active_one_trains(variant, case, other):
+    model, layer, starts = _two(variant, case, other)
+    one, two = _members(model)
+    still = [*layer.weights, *own_weights(one)]
+    before = [w.numpy() for w in (*still, *two.trainable_weights)]
+    model.compile(optimizer=keras.optimizers.Adam(0.05), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    model.fit(case.inputs(), starts[1] + 1.0, epochs=3, verbose=0)
+    for weight, value in zip(still, before):
+        np.testing.assert_array_equal(weight.numpy(), value)
+    for weight, value in zip(two.trainable_weights, before[len(still) :]):
+        assert np.abs(weight.numpy() - value).max() > 0, weight.path

@@ -40,7 +40,7 @@ def test_no_hint_where_nothing_is_near():
 
 @pytest.mark.parametrize(
     "method, meant",
-    [("LoRA", "lora"), ("dora", "dylora"), ("spectrl", "spectral")],
+    [("LoRA", "lora"), ("dylra", "dylora"), ("spectrl", "spectral")],
 )
 def test_what_a_method_was_meant_to_be(method, meant):
     with pytest.raises(ValueError, match=f"Did you mean '{meant}'"):

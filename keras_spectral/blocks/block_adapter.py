@@ -20,13 +20,13 @@ class Run:
     Attributes:
         inputs: The block's input (batch, tokens, width).
         padding: 1.0 for tokens that count (batch, tokens), or None.
-        training: Whether the block is being trained.
+        training: Whether the adapter is being trained.
     """
 
     def __init__(self, inputs, padding, training):
         self.inputs = inputs
         self.padding = padding
-        self.training = is_training(training)
+        self.training = training
 
     def mean(self, values):
         """The mean over tokens that count of values (batch, tokens, n)."""
@@ -73,7 +73,8 @@ class BlockHost(Host):
         runs, detours = [], []
         for member in members:
             padding = member.view.padding(args, kwargs)
-            run = Run(inputs, padding, training)
+            trains = is_training(training) and member.trainable
+            run = Run(inputs, padding, trains)
             member.begin(run)
             runs.append((member, run))
             detours += member.detours(run)

@@ -283,13 +283,14 @@ class UniPELTBlock(BlockAdapter):
         return ops.convert_to_tensor([s / sum(sizes) for s in sizes], "float32")
 
     def _record(self, gates, training):
+        on = ops.not_equal(self.adapter_strength, 0)
         mean = ops.mean(gates, axis=0)
-        deviation = ops.std(gates, axis=0)
-        self.last_gates.assign(ops.stack([mean, deviation]))
+        last = ops.stack([mean, ops.std(gates, axis=0)])
+        self.last_gates.assign(ops.where(on, last, self.last_gates))
         sums = [ops.sum(gates, axis=0), ops.sum(ops.square(gates), axis=0)]
-        self.gate_sums.assign_add(ops.stack(sums))
+        self.gate_sums.assign_add(ops.where(on, ops.stack(sums), 0.0))
         examples = ops.cast(ops.shape(gates)[0], "float32")
-        self.gate_examples.assign_add(examples)
+        self.gate_examples.assign_add(ops.where(on, examples, 0.0))
         if training:
             low = ops.cast(mean < LOW_GATE, "float32")
             self.low_steps.assign(low * (self.low_steps + 1))

@@ -235,9 +235,11 @@ class ConditionalSpectralDense(KernelAdapter):
         return ops.sum(codes * weights, axis=middle) / total
 
     def _count(self, gates):
+        on = ops.not_equal(self.adapter_strength, 0)
+        gates = ops.where(on, gates, 0.0)
         self.open_counts.assign_add(ops.sum(gates, axis=0))
         examples = ops.cast(ops.shape(gates)[0], "float32")
-        self.example_count.assign_add(examples)
+        self.example_count.assign_add(ops.where(on, examples, 0.0))
 
     def mean_gates(self):
         """Share of examples that opened each gate since `reset_gates`."""

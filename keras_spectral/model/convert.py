@@ -44,8 +44,9 @@ def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
 
     Raises:
         ValueError: No adapters; they are switched off; a
-            ConditionalSpectralDense (use `freeze_gates` first) or a
-            DecayingLoRA (merge it). The model is then as it was.
+            ConditionalSpectralDense (use `freeze_gates` first), or a
+            DecayingLoRA or an adapter that changes biases (merge it). The
+            model is then as it was.
 
     Example:
 
@@ -197,6 +198,12 @@ def _lora_pair(adapter, rank):
         raise ValueError(
             f"Layer '{adapter.name}' is a DecayingLoRA: what it changes is the "
             "fading original itself, which has no low rank. Merge it instead."
+        )
+    if adapter.bias_change() is not None:
+        raise ValueError(
+            f"Layer '{adapter.name}' is a {type(adapter).__name__}, which "
+            "changes the bias as well. Expected a change of the kernel alone, "
+            "as a LoRA makes it. Merge it instead."
         )
     if adapter.is_low_rank:
         a, b = adapter.factors()

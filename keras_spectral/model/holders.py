@@ -20,8 +20,8 @@ _BOOKS = (
     "quantize",
 )
 _LIBRARIES = (
-    "builtins keras keras_hub numpy tensorflow jax jaxlib torch collections "
-    "functools inspect types weakref threading enum re"
+    "builtins keras keras_hub keras_spectral numpy tensorflow jax jaxlib torch "
+    "collections functools inspect types weakref threading enum re"
 ).split()
 _OPAQUE = (str, bytes, int, float, type, keras.Variable, keras.layers.Layer)
 

@@ -82,7 +82,8 @@ def merge_model(
         for host in hosts(model) if dtype is not None else ():
             chosen = _active(host, names)
             if chosen and not isinstance(host, TrainedCopy):
-                if is_small(host.layer.variable_dtype):
+                kernel = not all(m.only_bias for m in chosen)
+                if kernel and is_small(host.layer.variable_dtype):
                     wide[host.layer] = host.merged_matrix(chosen)
         losses = fold_all(model, snapshot, adapter)
         if not wide:

@@ -11,6 +11,7 @@ from keras import ops
 
 import keras_spectral as ks
 from keras_spectral.blocks import BlockAdapter
+from keras_spectral.layers.member import own_weights
 from keras_spectral.model.hosts import adapter_places
 
 VARIANTS = variants.collected("blocks")
@@ -33,11 +34,11 @@ def _outputs(model):
     return _numpy(model(block_cases.inputs()))
 
 
-def _wrapped(variant, dtype=None):
+def _wrapped(variant, dtype=None, adapter="default"):
     model = block_cases.model(dtype=dtype)
     plain = _outputs(model)
     cls = variant.adapter
-    ks.wrap_model(model, cls, seed=1, **variant.options)
+    ks.wrap_model(model, cls, seed=1, adapter=adapter, **variant.options)
     adapters = [place.layer for place in adapter_places(model)]
     assert [type(adapter) for adapter in adapters] == [cls, cls]
     return model, adapters, plain
@@ -159,6 +160,68 @@ def test_mixed_bfloat16(variant):
     np.testing.assert_allclose(_numpy(outputs), expected, atol=0.1)
     model.compile(optimizer="adam", loss="mse")
     model.fit(block_cases.inputs(), plain, verbose=0)
+
+
+def _with_another(variant, other):
+    """Two adapters by name, "one" moved; "two" is active, as it starts."""
+    model, adapters, plain = _wrapped(variant, adapter="one")
+    start = _outputs(model)
+    _randomize(adapters)
+    alone = _outputs(model)
+    kind, options = variant.adapter, variant.options
+    if other == "bottleneck":
+        kind, options, start = ks.BottleneckAdapter, {"size": 3}, plain
+    ks.wrap_model(model, kind, adapter="two", seed=1, **options)
+    # A prefix that is masked leaves the last digit of a sum to chance.
+    np.testing.assert_allclose(_outputs(model), start, atol=1e-6)
+    return model, plain, alone
+
+
+OTHER = pytest.mark.parametrize("other", ["bottleneck", "itself"])
+
+
+@OTHER
+@CONTRACT
+def test_two_adapters_mix_and_part(variant, other, tmp_path):
+    model, plain, alone = _with_another(variant, other)
+    places = adapter_places(model, names=["two"])
+    _randomize([place.layer for place in places])
+    second = _outputs(model)
+    for active, expected in (("one", alone), ("two", second), ([], plain)):
+        ks.set_adapters(model, active)
+        np.testing.assert_allclose(_outputs(model), expected, atol=1e-6)
+    ks.set_adapters(model, {"one": 0.5, "two": 1.0})
+    mixed = _outputs(model)
+    for other_outputs in (alone, second, plain):
+        assert np.abs(mixed - other_outputs).max() > 1e-3
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(_outputs(again), mixed, atol=1e-6)
+    ks.save_adapters(model, tmp_path / "one.safetensors", adapter="one")
+    ks.delete_adapter(model, "two")
+    ks.set_adapters(model, "one")
+    np.testing.assert_allclose(_outputs(model), alone, atol=1e-6)
+    ks.unwrap_model(model)
+    np.testing.assert_array_equal(_outputs(model), plain)
+    ks.load_adapters(model, tmp_path / "one.safetensors")
+    np.testing.assert_allclose(_outputs(model), alone, atol=1e-6)
+
+
+@OTHER
+@CONTRACT
+def test_of_two_adapters_the_active_one_trains(variant, other):
+    model, plain, _ = _with_another(variant, other)
+    places = adapter_places(model, names=["one"])
+    still = [w for place in places for w in own_weights(place.layer)]
+    still += [w for place in places for w in place.layer.layer.weights]
+    before = [w.numpy() for w in still]
+    trained = [w.numpy() for w in model.trainable_weights]
+    model.compile(optimizer=keras.optimizers.Adam(0.05), loss="mse")
+    model.fit(block_cases.inputs(), 2 * plain + 1, epochs=8, verbose=0)
+    for weight, value in zip(still, before):
+        np.testing.assert_array_equal(weight.numpy(), value, weight.path)
+    for weight, value in zip(model.trainable_weights, trained):
+        assert np.abs(weight.numpy() - value).max() > 0, weight.path
 
 
 def test_an_unknown_block_raises_with_the_way_out():

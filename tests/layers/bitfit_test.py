@@ -181,17 +181,19 @@ def test_16_bits(kind, dtype):
     )
 
 
-def _network():
+def _network(dtype=None):
     """Layers with a bias and without, and norms with a shift and without."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
             keras.Input((6,)),
-            layers.Dense(5, name="value"),
-            layers.LayerNormalization(name="norm"),
-            layers.Dense(5, use_bias=False, name="query"),
-            layers.BatchNormalization(center=False, name="centred"),
-            layers.Dense(2, name="head"),
+            layers.Dense(5, name="value", dtype=dtype),
+            layers.LayerNormalization(name="norm", dtype=dtype),
+            layers.Dense(5, use_bias=False, name="query", dtype=dtype),
+            layers.BatchNormalization(
+                center=False, name="centred", dtype=dtype
+            ),
+            layers.Dense(2, name="head", dtype=dtype),
         ]
     )
 
@@ -346,6 +348,25 @@ def test_norms_and_biases_together():
     adapted = _numpy(model(_x()))
     ks.merge_model(model)
     np.testing.assert_allclose(_numpy(model(_x())), adapted, atol=1e-5)
+
+
+def test_merging_into_float32_widens_kernels_alone():
+    model = _network("bfloat16")
+    options = {"rank": 1, "trainable": "biases"}
+    ks.wrap_model(model, "lora", target="value", **options)
+    _fit(model)
+    adapted = _numpy(model(_x()))
+    ks.merge_model(model, dtype="float32")
+    np.testing.assert_allclose(_numpy(model(_x())), adapted, atol=0.05)
+    assert model.get_layer("value").kernel.dtype == "float32"
+    assert model.get_layer("norm").beta.dtype == "bfloat16"
+
+
+def test_a_lora_has_no_room_for_a_bias():
+    model = ks.wrap_model(_network(), "bitfit")
+    with pytest.raises(ValueError, match="changes the bias as well"):
+        ks.to_lora(model)
+    assert len(_trained(model)) == 3
 
 
 def test_cells_keep_their_biases():
