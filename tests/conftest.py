@@ -23,14 +23,34 @@ _warm_up()
 # The collector need not look again and again at what the imports made.
 gc.collect()
 gc.freeze()
+# And what tests leave behind goes at the end of each file.
+gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _names_count_from_the_start():
     """So that a file's tests see the same, whatever ran before."""
     keras.utils.clear_session()
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _traced_steps_are_forgotten():
+    """TensorFlow's registry of gradients keeps every traced step for good.
+
+    Some thousand objects for each `fit`: after a thousand tests, looking for
+    garbage took longer than the tests.
+    """
+    yield
+    if keras.backend.backend() == "tensorflow":
+        from tensorflow.python.framework import ops
+
+        gradients = ops.gradient_registry._registry
+        for name in [name for name in gradients if "-" in name]:
+            del gradients[name]  # not one of an operation, but of a function
