@@ -18,7 +18,7 @@ class Member:
             0 is off exactly, whatever the weights hold.
         is_trained: Whether it trains, as long as the model does.
         disabled: Whether an `adapters_disabled` block has put it off.
-        is_off: Whether `set_strength` has put it off.
+        set_to: The strength that `set_strength` gave it last.
         batch_rows: Inside of a `mixed_batch` block for each example whether
             the change is there, an array of 0.0 and 1.0; else None.
     """
@@ -30,7 +30,7 @@ class Member:
         self.adapter_name = check_adapter_name(adapter_name)
         self.is_trained = True
         self.disabled = False
-        self.is_off = False
+        self.set_to = 1.0
         self.batch_rows = None
 
     def add_strength(self) -> None:
@@ -47,7 +47,12 @@ class Member:
     def set_strength(self, strength: float) -> None:
         """Sets how much of the change is there."""
         self.adapter_strength.assign(strength)
-        self.is_off = strength == 0
+        self.set_to = float(strength)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether `set_strength` has put it off."""
+        return self.set_to == 0
 
     def current_strength(self) -> float:
         """How much of the change is there."""
@@ -55,7 +60,7 @@ class Member:
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        self.is_off = self.current_strength() == 0
+        self.set_to = self.current_strength()
 
     def left_out(self, training=None) -> bool:
         """Whether a call can do without it: it is off, and does not train."""

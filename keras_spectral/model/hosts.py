@@ -93,7 +93,13 @@ def names_in(model: keras.Model) -> list[str]:
 def require_names(model: keras.Model, names: Names) -> list[str]:
     """Names as a list, None being all; a ValueError if there is no such."""
     require_adapters(model)
-    known = names_in(model)
+    return chosen_names(model, names_in(model), names)
+
+
+def chosen_names(
+    model: keras.Model, known: list[str], names: Names
+) -> list[str]:
+    """The same of the names that a model is known to have."""
     if names is None:
         return known
     given = [names] if isinstance(names, str) else names

@@ -11,10 +11,12 @@ import numpy as np
 from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.snapshot import all_or_nothing
+from keras_spectral._internal.snapshot import insist
 from keras_spectral.model import surgery
 from keras_spectral.model import training
 from keras_spectral.model.hosts import Names
 from keras_spectral.model.hosts import check_model
+from keras_spectral.model.hosts import chosen_names
 from keras_spectral.model.hosts import keep_all
 from keras_spectral.model.hosts import members
 from keras_spectral.model.hosts import names_in
@@ -86,31 +88,43 @@ def set_adapters(
     >>> [layer.rank for layer in model.layers[0].members()]
     [1, 1]
     """
-    strengths = _strengths(model, active)
-    trained = require_names(model, train if train is not None else [])
-    if train is None:
-        trained = [name for name, strength in strengths.items() if strength]
-    with all_or_nothing() as snapshot:
-        keep_all(model, snapshot)
-        switch(model, strengths)
-        found = members(model)
-        changed = [
-            m for m in found if m.is_trained != (m.adapter_name in trained)
-        ]
-        if changed:
-            with training.another_set(model, changed):
-                for member in changed:
-                    member.is_trained = member.adapter_name in trained
-                training.set_flags(model)
+    check_model(model)
+    found = members(model)
+    if not found:
+        require_names(model, None)
+    known = list(dict.fromkeys(member.adapter_name for member in found))
+    strengths = _strengths(model, known, active)
+    trained = [name for name, strength in strengths.items() if strength]
+    if train is not None:
+        trained = chosen_names(model, known, train)
+    before = [(m, m.set_to, m.is_trained) for m in found]
+
+    def undo():
+        set_strengths(model, [(m, strength) for m, strength, _ in before])
+        _train(model, [m for m, _, trains in before if m.is_trained != trains])
+
+    try:
+        set_strengths(
+            model, [(m, strengths.get(m.adapter_name, 0.0)) for m in found]
+        )
+        _train(
+            model,
+            [m for m in found if m.is_trained != (m.adapter_name in trained)],
+        )
+    except BaseException:
+        insist(undo)
+        raise
     return model
 
 
-def switch(model: keras.Model, strengths: Mapping[str, float]) -> None:
-    """Sets strengths by name; what is not named is off."""
-    found = members(model)
-    set_strengths(
-        model, [(m, strengths.get(m.adapter_name, 0.0)) for m in found]
-    )
+def _train(model, members):
+    """Lets members train that do not, and the other way round."""
+    if not members:
+        return
+    with training.another_set(model, members):
+        for member in members:
+            member.is_trained = not member.is_trained
+        training.set_flags(model)
 
 
 def set_strengths(
@@ -218,7 +232,7 @@ def mixed_batch(
         snapshot.restore()
 
 
-def _strengths(model, active):
+def _strengths(model, known, active):
     """`{name: strength}` of what is to be on."""
     if isinstance(active, str):
         active = [active]
@@ -233,5 +247,5 @@ def _strengths(model, active):
             f"Received active={active!r}. Expected a name, a list of names, or "
             "{name: strength}."
         )
-    require_names(model, list(given))
+    chosen_names(model, known, list(given))
     return given
