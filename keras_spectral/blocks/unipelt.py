@@ -286,7 +286,8 @@ class UniPELTBlock(BlockAdapter):
         on = ops.not_equal(self.adapter_strength, 0)
         mean = ops.mean(gates, axis=0)
         last = ops.stack([mean, ops.std(gates, axis=0)])
-        self.last_gates.assign(ops.where(on, last, self.last_gates))
+        before = ops.convert_to_tensor(self.last_gates)
+        self.last_gates.assign(ops.where(on, last, before))
         sums = [ops.sum(gates, axis=0), ops.sum(ops.square(gates), axis=0)]
         self.gate_sums.assign_add(ops.where(on, ops.stack(sums), 0.0))
         examples = ops.cast(ops.shape(gates)[0], "float32")
