@@ -163,11 +163,15 @@ def bias_places(
     if "biases" not in words:
         return []
     whole = {id(place.layer) for place in kept}
-    found = [
-        p
-        for p in _biases(None, candidates)
-        if id(p.layer) not in whole and not isinstance(p.layer, TrainedCopy)
-    ]
+    found = [p for p in _biases(None, candidates) if id(p.layer) not in whole]
+    copies = [p for p in found if isinstance(p.layer, TrainedCopy)]
+    if copies:
+        raise ValueError(
+            f"Received trainable='biases'. {describe(copies)} train whole with "
+            "another adapter, and an adapter of biases cannot stand beside "
+            "that. Expected patterns in `trainable` that match these layers "
+            "as well, so that they train whole here too."
+        )
     if not found:
         raise ValueError(
             "Received trainable='biases', and no layer has a bias or a norm's "

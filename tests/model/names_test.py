@@ -429,6 +429,15 @@ def test_norms_train_as_copies_of_their_own():
     _same(model.predict(X, verbose=0), outputs["a"], 1e-5)
 
 
+def test_biases_beside_copies_are_refused_or_train_whole():
+    model = _add(_model(), "first")
+    with pytest.raises(ValueError, match="'head' train whole"):
+        _add(model, "second", trainable="biases")
+    _add(model, "second", trainable=["biases", "head"])
+    names = {"/".join(w.path.split("/")[1:]) for w in model.trainable_weights}
+    assert {"head/second/kernel", "one/second/bias_delta"} <= names
+
+
 @pytest.mark.parametrize(
     ("act", "match"),
     [
