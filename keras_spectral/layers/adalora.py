@@ -88,7 +88,7 @@ class AdaLoRADense(LowRankAdapter):
     >>> layer = AdaLoRADense(keras.layers.Dense(64), rank=4)
     >>> outputs = layer(keras.ops.ones((2, 32)))
     >>> [tuple(w.shape) for w in layer.trainable_weights]
-    [(32, 4), (4,), (4, 64)]
+    [(32, 4), (4, 64), (4,)]
     """
 
     trains = "triplets A, E, B, whose rank can be taken away"
