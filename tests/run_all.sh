@@ -30,7 +30,17 @@ lane() {
 try() { # backend, then pytest's arguments
     backend=$1
     shift
+    [ "$backend" != jax ] || without_fusions
     KERAS_BACKEND=$backend "$BIN/python" -m pytest -p no:cacheprovider "$@"
+}
+
+# They take more than half of the time of compiling. A flag that jaxlib does
+# not know would end every process.
+without_fusions() {
+    flags="--xla_cpu_use_fusion_emitters=false ${XLA_FLAGS:-}"
+    if XLA_FLAGS=$flags "$BIN/python" -c "import jax; jax.numpy.zeros(1)"; then
+        export XLA_FLAGS="$flags"
+    fi
 }
 
 without_hub() {
