@@ -361,3 +361,19 @@ def test_a_wrapped_task_is_saved_whole_or_refused(tmp_path):
         str(tmp_path / "preset"), preprocessor=None
     )
     np.testing.assert_allclose(_out(again, _ids()), plain, atol=1e-6)
+
+
+def test_a_model_that_was_never_finished_is_no_owner():
+    """Its constructor raised, say, and somebody keeps the object."""
+
+    class Broken(keras.Model):
+        pass
+
+    unfinished = object.__new__(Broken)
+    inner = _mlp()
+    inputs = keras.Input((16,))
+    outer = keras.Model(inputs, inner(inputs))
+    ks.wrap_model(inner, "lora", target="hidden", rank=2)
+    _jolt(inner)
+    assert type(unfinished) is Broken
+    np.testing.assert_array_equal(_out(outer), _out(inner))

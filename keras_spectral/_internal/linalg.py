@@ -78,7 +78,7 @@ def randomized_svd(matrix, rank, oversampling=4, num_blocks=6, seed=0):
         basis.append(_new_directions(block, basis, _TINY * noise))
         images.append(ops.matmul(transposed, basis[-1]))
     v, s, inner = ops.svd(ops.concatenate(images, -1), full_matrices=False)
-    inner = _transpose(inner)[..., :rank]
+    inner = _still_orthonormal(_transpose(inner)[..., :rank])
     u, v = ops.matmul(ops.concatenate(basis, -1), inner), v[..., :rank]
     residual = ops.matmul(matrix, v) - u * s[..., None, :rank]
     error = _subspace_error(residual, s, rank)
@@ -151,6 +151,13 @@ def _new_directions(block, basis, noise):
             block = block - ops.matmul(known, shadow)
         block, _ = ops.qr(block + extra)
     return block
+
+
+def _still_orthonormal(directions):
+    """Mends directions of nearly no weight, which TensorFlow leaves askew."""
+    q, r = ops.qr(directions)
+    diagonal = ops.diagonal(r, axis1=-2, axis2=-1)[..., None, :]
+    return ops.where(diagonal < 0, -q, q)
 
 
 def _fix_signs(u, s, v):

@@ -64,9 +64,9 @@ class Member:
 
     def left_out(self, training=None) -> bool:
         """Whether a call can do without it: it is off, and does not train."""
-        if self.batch_rows is not None or (training and self.trainable):
+        if self.batch_rows is not None or not is_off(self.adapter_strength):
             return False
-        return is_off(self.adapter_strength)
+        return not (training and self.trainable)
 
     def in_rows(self, change):
         """A change of outputs, zero for examples that it is not meant for."""

@@ -178,7 +178,10 @@ def owners(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     if model._inbound_nodes:
         # It has a place in another model's graph, which nothing leads to.
         for other in gc.get_objects():
-            if issubclass(type(other), keras.Model):
+            # One that failed in its making, or is in it, has no layers yet.
+            if issubclass(type(other), keras.Model) and hasattr(
+                other, "_layers"
+            ):
                 roots[id(other)] = other
     inside = {id(layer) for layer in model._flatten_layers()}
     found = {}
