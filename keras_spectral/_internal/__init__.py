@@ -1,1 +1,1 @@
-"""What touches Keras's and Python's insides."""
+"""Helpers, and whatever touches Keras's and Python's insides."""

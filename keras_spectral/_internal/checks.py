@@ -147,7 +147,7 @@ def check_model(model: Any) -> keras.layers.Layer:
 
 
 def activation_name(activation: Any) -> str:
-    """What configurations hold of an activation: a name.
+    """The name that stands for an activation in configurations.
 
     Raises:
         ValueError: It is none of Keras's activations, nor a function that is

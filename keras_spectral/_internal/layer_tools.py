@@ -37,12 +37,12 @@ def set_trainable(
 
 
 def trainable_flags(layer: keras.layers.Layer) -> tuple[bool, list[bool]]:
-    """What `set_trainable` would restore."""
+    """The flags that `set_trainable` would restore."""
     return layer._trainable, [v.trainable for v in layer._trainable_variables]
 
 
 def config_of_shared(layer: keras.layers.Layer) -> keras.layers.Layer | dict:
-    """What a `get_config` returns for a layer that others hold as well.
+    """The entry of a `get_config` for a layer that others hold as well.
 
     While a whole model is saved, the layer itself: so Keras notes that it is
     shared, and restores the sharing. Else its configuration.

@@ -59,7 +59,7 @@ def renewed(
 def innermost(
     optimizer: keras.optimizers.Optimizer | None,
 ) -> keras.optimizers.Optimizer | None:
-    """What updates weights: the optimizer itself, or the one inside of it."""
+    """The optimizer that updates weights: itself, or the one inside."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
@@ -105,7 +105,7 @@ def after_update(
 def called_after_update(
     optimizer: keras.optimizers.Optimizer,
 ) -> Callable | None:
-    """What `after_update` gave to an optimizer, if it did."""
+    """The function that `after_update` gave to an optimizer, if any."""
     function, _ = vars(innermost(optimizer)).get(
         "_called_after_update", 2 * [0]
     )
@@ -144,7 +144,7 @@ def _without(optimizer, variables):
 
 
 def _optimizer_map(optimizer):
-    """What a MultiOptimizer chooses by, if it is a table."""
+    """The table that a MultiOptimizer chooses by, if it is one."""
     chosen = getattr(optimizer, "_optimizer_map", None)
     return chosen if hasattr(chosen, "default_optimizer") else None
 

@@ -113,7 +113,7 @@ def at_rates(
 
 
 def _methods(optimizer, factor, frozen):
-    """What stands over methods of the optimizer, by their names."""
+    """Replacements of the optimizer's methods, by their names."""
     decay = optimizer._apply_weight_decay
     rate = optimizer._get_current_learning_rate
     step = optimizer.update_step

@@ -9,7 +9,7 @@ from keras import ops
 
 
 class Snapshot:
-    """What objects were like, to be brought back at any moment.
+    """A record of what objects were like, restored at any moment.
 
     It keeps an object's class, its attributes and the built-in containers
     that these hold, and variables' values and flags. Bringing back writes

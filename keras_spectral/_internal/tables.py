@@ -1,4 +1,4 @@
-"""What printed tables have in common."""
+"""Pieces that all printed tables share."""
 
 import re
 from collections.abc import Callable

@@ -62,7 +62,7 @@ def rerouted(
 
 
 def rerouted_base(layer: Any, detours: list[Detour]) -> Any:
-    """The same of what may be an adapter, a twin or a detour itself."""
+    """`rerouted` of what may be an adapter, a twin or a detour itself."""
     if isinstance(layer, _Around):
         return _Around(rerouted_base(layer.original, detours), layer.function)
     if getattr(layer, "opens_base", False):

@@ -125,10 +125,10 @@ class BlockAdapter(AdapterLayer, BlockHost):
         return BlockView(layer)
 
     def begin(self, run):
-        """What comes before the block."""
+        """Computes what comes before the block."""
 
     def detours(self, run):
-        """What runs differently inside of the block, see `rerouted`."""
+        """The detours inside of the block, see `rerouted`."""
         raise NotImplementedError
 
     def end(self, outputs, run):

@@ -172,12 +172,12 @@ def register_block(
 
 
 def block_kind(layer: keras.layers.Layer) -> BlockKind | None:
-    """What is known of a block's class, or None."""
+    """The registered kind of a block's class, or None."""
     return _lookup(_BLOCKS, layer)
 
 
 def require_kind(layer: keras.layers.Layer) -> BlockKind:
-    """The same; a ValueError with the way out if there is none."""
+    """`block_kind`; a ValueError with the way out if there is none."""
     kind = block_kind(layer)
     if kind is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the parts of block adapters have in common."""
+"""Functions that the parts of block adapters share."""
 
 import keras
 from keras import ops

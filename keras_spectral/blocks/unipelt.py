@@ -179,7 +179,7 @@ class UniPELTBlock(BlockAdapter):
         self._add_records(len(sizes))
 
     def _add_records(self, count):
-        """What the gates did: in the last call, and since `reset_gates`."""
+        """Records of the gates: the last call's, and since `reset_gates`."""
         for name, shape in (
             ("last_gates", (2, count)),
             ("gate_sums", (2, count)),

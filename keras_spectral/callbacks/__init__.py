@@ -1,4 +1,4 @@
-"""What must see the training loop."""
+"""Callbacks: they change or record adapters while a model trains."""
 
 from keras_spectral.callbacks.adapter_checkpoint import AdapterCheckpoint
 from keras_spectral.callbacks.gate_monitor import GateMonitor

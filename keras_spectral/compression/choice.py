@@ -1,4 +1,4 @@
-"""What `compress_model` is to do, checked: the goal and the layers."""
+"""Checks of what `compress_model` is asked for: goal and layers."""
 
 import keras
 

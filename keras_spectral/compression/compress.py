@@ -27,9 +27,9 @@ from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.model.counting import count_weights
+from keras_spectral.model.kept import kept_places
 from keras_spectral.model.paths import places
 from keras_spectral.model.select import Target
-from keras_spectral.model.select import kept_places
 from keras_spectral.model.training import set_flags
 from keras_spectral.model.wrap import wrap_model
 
@@ -245,7 +245,7 @@ def _factorize(small, plan, spared):
 
 
 def _spare(choice, spared):
-    """The same with as much less rank, but not none."""
+    """A choice with so much less rank, but at least 1."""
     if choice.rank is None:
         return choice
     return ranks.Choice(max(1, choice.rank - spared), choice.slices)

@@ -59,7 +59,7 @@ def distiller(
 
 @keras.saving.register_keras_serializable("keras_spectral")
 class Distiller(keras.Model):
-    """What `distiller` makes; see there."""
+    """The model that `distiller` makes; see there."""
 
     def __init__(
         self, small, original, temperature=2.0, label_weight=0.5, **kwargs

@@ -14,7 +14,7 @@ _ROUNDS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """What rank allocation has to know of one layer.
+    """One layer's singular values and sizes, for rank allocation.
 
     Attributes:
         values: For each number of slices the singular values of the parts
@@ -46,7 +46,7 @@ class Spectrum:
         return math.sqrt(choice.slices) * float(error)
 
     def relative_error(self, choice: "Choice") -> float:
-        """What is dropped over the kernel, in Frobenius norms, exactly."""
+        """The dropped part over the kernel, in Frobenius norms, exactly."""
         if choice.rank is None:
             return 0.0
         squares = self.values[choice.slices].astype("float64") ** 2
@@ -54,13 +54,13 @@ class Spectrum:
         return math.sqrt(float(squares[:, choice.rank :].sum()) / total)
 
     def error(self, choice: "Choice") -> float:
-        """What the choice is judged by: the bound, or it without its root."""
+        """The error a choice is judged by: the bound, or without its root."""
         if choice.rank is None:
             return 0.0
         return float(self.errors(choice.slices)[choice.rank - 1])
 
     def errors(self, slices: int) -> np.ndarray:
-        """The same for ranks 1 to m."""
+        """`error` of the ranks 1 to m."""
         factor = math.sqrt(slices) if self.true_bound else 1.0
         return factor * self._beyond(slices)
 
@@ -83,7 +83,7 @@ class Spectrum:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What becomes of one layer; without a rank it stays as it is."""
+    """The rank that one layer gets; without one it stays as it is."""
 
     rank: int | None
     slices: int = 1
@@ -94,12 +94,12 @@ Rule = Callable[[Spectrum, float], Choice]
 
 
 def uniform(spectrum: Spectrum, level: float) -> Choice:
-    """The same share of each kernel's weights."""
+    """Keeps an equal share of each kernel's weights."""
     return spectrum.choice(level * spectrum.weights / spectrum.per_rank[1])
 
 
 def energy(spectrum: Spectrum, level: float) -> Choice:
-    """The same share of the sum of squared singular values."""
+    """Keeps an equal share of the sum of squared singular values."""
     squares = (spectrum.values[1].astype("float64") ** 2).sum(axis=0)
     total = np.cumsum(squares)
     wanted = level * total[-1]

@@ -1,4 +1,4 @@
-"""What compression did to each layer, as data and as a table."""
+"""The report of a compression, as data and as a table."""
 
 import dataclasses
 import weakref
@@ -48,7 +48,7 @@ class CompressedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class CompressionReport:
-    """What `compress_model` did.
+    """The effects of `compress_model` on each layer.
 
     Attributes:
         layers: The layers that it looked at, in the model's order.
@@ -126,7 +126,7 @@ def compression_report(
         console: Where to print; a new rich console by default.
 
     Returns:
-        The same as data.
+        The table as data.
 
     Raises:
         ValueError: The model was not made by `compress_model`, or loaded

@@ -101,7 +101,7 @@ def put_low_rank(
 
 
 class _Compressed:
-    """What a model with exchanged inner layers is saved as.
+    """The saved form of a model with exchanged inner layers.
 
     Its configuration holds that of the model before, and each factorised
     layer with its path.

@@ -85,18 +85,18 @@ def changed_parts(
 
 @functools.cache
 def _routines(kind):
-    """What a class calls that an instance could have of its own."""
+    """Routines that a class calls and an instance could have of its own."""
     names = {name for c in kind.__mro__ for name in vars(c)} - _HARMLESS
     return {name for name in names if inspect.isroutine(_found(kind, name))}
 
 
 def _found(cls, name):
-    """What a class has under a name, without calling any property."""
+    """A class's attribute, found without calling any property."""
     return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
 
 
 def _problem(view, kind):
-    """What is wrong with a layer, and the error behind it; None if nothing.
+    """A layer's fault and the error behind it; None if there is none.
 
     The layer itself is not touched: the trial is run by a twin, and other
     values for its variables hold for this thread alone.

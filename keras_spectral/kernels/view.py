@@ -1,4 +1,4 @@
-"""What every view of a kernel as a matrix has in common."""
+"""The base class of views: a layer's kernel as a matrix."""
 
 import math
 
@@ -48,13 +48,13 @@ class KernelView:
         return without_ending(self.layer)
 
     def with_change(self, change) -> keras.layers.Layer:
-        """The same with a change, in the kernel's own shape, added to it."""
+        """`bare` with a change, in the kernel's own shape, of its kernel."""
         dtype = self.layer.compute_dtype
         kernel = ops.cast(self.variable(), dtype) + ops.cast(change, dtype)
         return twin(self.bare(), **self._kernel_as(kernel))
 
     def linear(self, inputs, kernel):
-        """What the layer does with another kernel, and without a bias."""
+        """The layer's outputs with another kernel and without a bias."""
         kernel = ops.cast(kernel, self.layer.compute_dtype)
         changes = {"bias": None, "use_bias": False}
         layer = twin(self.bare(), **changes, **self._kernel_as(kernel))
@@ -205,7 +205,7 @@ class KernelView:
         return math.prod(size or 1 for size in input_shape[1:-1])
 
     def input_shape(self) -> tuple | None:
-        """What the layer was built for, the batch first, if it is known."""
+        """The shape that the layer was built for, batch first, if known."""
         return (self.layer.get_build_config() or {}).get("input_shape")
 
     def trials(self, rng):
@@ -256,13 +256,13 @@ class KernelView:
         return {name: getattr(self.layer, name) for name in names}
 
     def _output_options(self):
-        """What the second of two thin layers takes over."""
+        """The options that the second of two thin layers takes over."""
         shared = self._options("bias_regularizer", "bias_constraint")
         shared |= self._options("activation", "activity_regularizer")
         return {**shared, "dtype": self.layer.dtype_policy, "name": "up"}
 
     def _code_options(self):
-        """What the first of two thin layers takes over."""
+        """The options that the first of two thin layers takes over."""
         return {"dtype": self.layer.dtype_policy, "name": "down"}
 
     def _sizes(self):
@@ -303,5 +303,5 @@ class KernelView:
 
 
 def wide_dtype(dtype: str) -> str:
-    """What numbers of a dtype are computed with: float32 or float64."""
+    """The dtype to compute in for numbers of a dtype: float32 or float64."""
     return "float64" if dtype == "float64" else "float32"

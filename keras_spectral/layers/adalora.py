@@ -21,17 +21,17 @@ _WARNED: list[str] = []
 
 
 class Progress(Protocol):
-    """What knows where a RankBudget stands."""
+    """The keeper of a RankBudget's progress."""
 
     def state(self, adapter) -> dict[str, np.ndarray]:
-        """What a layer saves with its weights."""
+        """The state that a layer saves with its weights."""
 
     def take(self, adapter, state: dict[str, np.ndarray]) -> None:
-        """What a layer has loaded."""
+        """Takes the state that a layer has loaded."""
 
 
 class Loaded:
-    """What a file said, until a RankBudget goes on from there."""
+    """Keeps what a file said until a RankBudget goes on from there."""
 
     def __init__(self, state):
         self._state = state

@@ -115,7 +115,7 @@ class RankAllocation:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """What it added to the optimizer."""
+        """The variables that it added to the optimizer."""
         pairs = self.averages.values()
         return [self.step, self.kept, *(v for pair in pairs for v in pair)]
 

@@ -166,7 +166,7 @@ class DecayingLoRA(LowRankAdapter):
         return pair - fading * ops.cast(1 - decay, outputs.dtype)
 
     def decay_factor(self) -> float:
-        """What the original is multiplied by in the next training step."""
+        """The original's factor in the next training step."""
         return float(self._schedule())
 
     def delta_matrix(self):

@@ -71,11 +71,11 @@ class Host(keras.layers.Wrapper):
             self.freeze_base()
 
     def members(self) -> list[keras.layers.Layer]:
-        """What it adds to its base; an adapter by itself is its own member."""
+        """The adapters that it holds; one by itself is its own member."""
         raise NotImplementedError
 
     def with_members(self, members: list) -> keras.layers.Layer:
-        """What stands in the base's place with other members.
+        """The layer that stands in the base's place with other members.
 
         The base itself without any; else a host, which `surgery` has yet to
         put in place.
@@ -130,7 +130,7 @@ def _float_policy(layer):
 
 @functools.cache
 def _books():
-    """What every layer may hold for Keras's and the backend's own use."""
+    """Attributes that Keras and the backend keep in every layer."""
     layer = keras.layers.Identity(name="books")
     layer(keras.ops.zeros((1,)))
     names = {"_torch_params", "_build_shapes_dict", "_metrics", "view", "layer"}

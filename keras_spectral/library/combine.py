@@ -25,8 +25,8 @@ from keras_spectral.library.merging import combine_pairs
 from keras_spectral.model.hosts import names_in
 from keras_spectral.model.hosts import require_names
 from keras_spectral.model.paths import places
-from keras_spectral.model.wrap import Request
-from keras_spectral.model.wrap import wrap_places
+from keras_spectral.model.placing import Request
+from keras_spectral.model.placing import wrap_places
 
 
 def combine_adapters(

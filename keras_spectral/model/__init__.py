@@ -1,1 +1,1 @@
-"""What is done to a whole model."""
+"""Operations on a whole model: wrap, switch, merge, count, print."""

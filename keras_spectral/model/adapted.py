@@ -31,7 +31,7 @@ class Adapted:
 
 
 class Rebuilt(Adapted):
-    """The same for a model whose own configuration knows no adapters.
+    """An `Adapted` model whose own configuration knows no adapters.
 
     It is saved as the plain model's configuration and what adapts it.
     """

@@ -1,4 +1,4 @@
-"""What there is: the layers of a model to wrap, and the methods."""
+"""Tables of the layers that can be wrapped, and of the methods."""
 
 import dataclasses
 import inspect
@@ -22,7 +22,7 @@ from keras_spectral.model.options import adapter_class_of
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
-from keras_spectral.model.select import adaptable
+from keras_spectral.model.presets import adaptable
 from keras_spectral.model.select import chosen_by_presets
 from keras_spectral.model.select import without_halves
 from keras_spectral.model.ties import rewritten
@@ -55,7 +55,7 @@ class TargetRow:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What `list_targets` printed, as data.
+    """The table of `list_targets` as data.
 
     Attributes:
         rows: The layers, in the model's order.
@@ -91,7 +91,7 @@ class MethodRow:
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """What `methods` printed, as data.
+    """The table of `methods` as data.
 
     Attributes:
         rows: The methods by name.
@@ -121,7 +121,7 @@ def list_targets(
         console: Where to print; a new rich console by default.
 
     Returns:
-        The same as data, layer by layer.
+        The table as data, layer by layer.
 
     Raises:
         ValueError: `model` is no Keras model or not built, or `method` no
@@ -172,7 +172,7 @@ def methods(console: rich.console.Console | None = None) -> Methods:
         console: Where to print; a new rich console by default.
 
     Returns:
-        The same as data; methods of one's own are among them once their
+        The table as data; methods of one's own are among them once their
         module is imported.
 
     Raises:

@@ -99,7 +99,7 @@ def adapters_disabled(model: keras.Model) -> Iterator[keras.Model]:
 
 @contextlib.contextmanager
 def adapters_alone(model: keras.Model) -> Iterator[keras.Model]:
-    """What the DecayingLoRA pairs do without their originals, no retrace.
+    """Runs DecayingLoRA pairs without their originals, no retrace.
 
     For as long as the block lasts, inference leaves the originals out.
 

@@ -30,7 +30,7 @@ def count_weights(layer: keras.layers.Layer, trainable: bool = False) -> int:
 def count_variables(
     variables: Iterable[keras.Variable], owners: Iterable[keras.layers.Layer]
 ) -> int:
-    """The same of some variables of these layers."""
+    """How many numbers some variables of these layers stand for."""
     sizes = {}
     for layer in owners:
         sizes |= _quantized_sizes(layer)
@@ -38,7 +38,7 @@ def count_variables(
 
 
 def _quantized_sizes(layer):
-    """What the variables of a quantised layer stand for, by id."""
+    """How many numbers a quantised layer's variables stand for, by id."""
     if getattr(layer, "quantization_mode", None) is None or not layer.built:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a pattern that matches nothing was probably meant to be."""
+"""Suggestions for a pattern that matches nothing."""
 
 import re
 from collections.abc import Iterable

@@ -75,7 +75,7 @@ def hidden_holders(
 
 
 def _reached(function):
-    """What a function's defaults, closure and global names hold."""
+    """The values that a function's defaults, closure and globals hold."""
     found = list(function.__defaults__ or ())
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty one

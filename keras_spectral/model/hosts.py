@@ -40,7 +40,7 @@ def hosts(model: keras.Model) -> list[Host]:
 
 
 def members(model: keras.Model) -> list[keras.layers.Layer]:
-    """What its hosts hold."""
+    """All members of a model's hosts."""
     return [member for host in hosts(model) for member in host.members()]
 
 
@@ -99,7 +99,7 @@ def require_names(model: keras.Model, names: Names) -> list[str]:
 def chosen_names(
     model: keras.Model, known: list[str], names: Names
 ) -> list[str]:
-    """The same of the names that a model is known to have."""
+    """`require_names` for a model whose names are known already."""
     if names is None:
         return known
     given = [names] if isinstance(names, str) else names

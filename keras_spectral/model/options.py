@@ -1,4 +1,4 @@
-"""What `wrap_model` makes of a method's name and its options."""
+"""Checks of a method's name and its options, for `wrap_model`."""
 
 import inspect
 import warnings

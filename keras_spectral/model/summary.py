@@ -46,7 +46,7 @@ class SummaryRow:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `adapter_summary` printed, as data.
+    """The table of `adapter_summary` as data.
 
     Attributes:
         rows: Adapters and other layers that train.
@@ -86,7 +86,7 @@ def adapter_summary(
         console: Where to print; a new rich console by default.
 
     Returns:
-        The same as data.
+        The table as data.
 
     Raises:
         ValueError: `model` is no Keras model.

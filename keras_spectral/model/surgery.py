@@ -36,7 +36,7 @@ COMPILED = (
 
 
 def output_layers(model: keras.Model) -> list[keras.Operation]:
-    """What computes a sequential or functional model's outputs."""
+    """The operations that compute the outputs of a model with a graph."""
     if isinstance(model, keras.Sequential):
         return model.layers[-1:]
     outputs = getattr(model, "outputs", None) or []

@@ -1,4 +1,4 @@
-"""What trains in a wrapped model: flags, and an optimizer for each set."""
+"""Trainable flags of a wrapped model, and an optimizer for each set."""
 
 import contextlib
 import weakref

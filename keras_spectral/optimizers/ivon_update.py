@@ -1,4 +1,4 @@
-"""What a step of IVON computes, and checks of its numbers."""
+"""The arithmetic of a step of IVON, and checks of its numbers."""
 
 import math
 
@@ -10,7 +10,7 @@ HESSIANS = ("price", "gradsq")
 
 
 def ivon_curvature(gradient, noise, options):
-    """What f is made of; its mean over the samples of a step counts."""
+    """One sample of f; its mean over the samples of a step counts."""
     if options.hess_approx == "gradsq":
         return ops.square(gradient)
     return noise * gradient

@@ -104,7 +104,7 @@ class WithRates(keras.optimizers.Optimizer):
         self.built = True
 
     def factor(self, variable: keras.Variable) -> float:
-        """What a variable's rate is multiplied by.
+        """The factor of a variable's rate.
 
         Raises:
             ValueError: The optimizer is not built for that variable.

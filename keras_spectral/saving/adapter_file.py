@@ -20,8 +20,8 @@ from keras_spectral.model.hosts import members
 from keras_spectral.model.hosts import names_in
 from keras_spectral.model.hosts import require_names
 from keras_spectral.model.paths import places
+from keras_spectral.model.placing import wrap_places
 from keras_spectral.model.training import set_flags
-from keras_spectral.model.wrap import wrap_places
 from keras_spectral.saving.applying import apply_adapters
 from keras_spectral.saving.applying import requests_of
 from keras_spectral.saving.checksum import base_values
@@ -148,7 +148,7 @@ def load_adapters(
 
 
 def describe_adapters(model: keras.Model) -> dict:
-    """What adapts a model, as JSON can hold it."""
+    """Describes a model's adapters as JSON can hold them."""
     adapters = adapter_places(model)
     heads = _heads(model, names_in(model), plain=False)
     return {

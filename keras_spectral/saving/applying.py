@@ -17,8 +17,8 @@ from keras_spectral.model.hosts import names_in
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
-from keras_spectral.model.wrap import Request
-from keras_spectral.model.wrap import wrap_places
+from keras_spectral.model.placing import Request
+from keras_spectral.model.placing import wrap_places
 from keras_spectral.saving.checksum import check_base_values
 from keras_spectral.saving.fresh import connect_as_saved
 from keras_spectral.saving.fresh import give_placeholders
@@ -83,7 +83,7 @@ def apply_adapters(
 
 
 def requests_of(entries: list[dict], by_key: dict[str, Place]) -> list[Request]:
-    """What `wrap_places` is asked for by descriptions of adapters."""
+    """Turns descriptions of adapters into requests to `wrap_places`."""
     return [
         Request(
             by_key[e["path"]], METHODS[e["method"]], e["options"], e["adapter"]
@@ -244,7 +244,7 @@ def _check_scale(place, variables, tensors, scales, path):
 
 
 def _difference(found, tensors, metadata):
-    """What differs between a model and the file's, as far as one can see."""
+    """Says how a model differs from the file's, as far as one can see."""
     by_key = {place.key: place.layer for place in found}
     for head in metadata["trainable"]:
         key = head["path"]

@@ -98,7 +98,7 @@ def fuse_adapters(
 
 
 def _read(file):
-    """What is in a file of one adapter, by the name "default"."""
+    """Reads a file of one adapter, under the name "default"."""
     return chosen(*read_adapters(file), "default", file)
 
 

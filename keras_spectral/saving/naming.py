@@ -21,17 +21,17 @@ def slot(key: str, adapter: str, method: str) -> str:
 
 
 def entry_slot(entry: dict) -> str:
-    """The same of an adapter that a file describes."""
+    """`slot` of an adapter that a file describes."""
     return slot(entry["path"], entry["adapter"], entry["method"])
 
 
 def head_slot(head: dict) -> str:
-    """The same of a layer that trains beside an adapter."""
+    """`slot` of a layer that trains beside an adapter."""
     return slot(head["path"], head["adapter"], TRAINED)
 
 
 def adapter_entries(adapters: list[Place]) -> list[dict]:
-    """What the file says of each adapter."""
+    """Describes each adapter for the file."""
     numbers = _shared_numbers(adapters)
     entries = []
     for place in adapters:

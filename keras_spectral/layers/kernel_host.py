@@ -1,0 +1,152 @@
+"""The host of one linear layer: runs it with its members' changes."""
+
+from keras import ops
+
+from keras_spectral._internal.checks import is_small
+from keras_spectral._internal.twin import without_ending
+from keras_spectral.kernels.view import wide_dtype
+from keras_spectral.layers.host import Host
+
+
+class KernelHost(Host):
+    """Runs a linear layer with the changes of its members.
+
+    `y = finish(base(x) + sum of strength_n change_n(x, base(x)))` with the
+    base up to its activation, and for its matrix `K + sum of strength_n
+    (K'_n - K)`. Changes enter before the base's activation; their order does
+    not matter.
+    """
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        members = [m for m in self.members() if not m.left_out(training)]
+        before = [m for m in members if m.changes_inputs]
+        # One run with a changed kernel, unless it has to see other inputs.
+        formed = [
+            m
+            for m in members
+            if m.forms_kernel and not before and m.batch_rows is None
+        ]
+        changed = inputs
+        for member in before:
+            change = member.weighed(member.input_change(inputs))
+            changed = changed + ops.cast(change, inputs.dtype)
+        outputs = plain = self._base(formed)(changed, **kwargs)
+        if (before or formed) and any(m.needs_outputs for m in members):
+            plain = self._base()(inputs, **kwargs)
+        for member in members:
+            if member not in before and member not in formed:
+                outputs = member.added(
+                    outputs, inputs, plain, training, mask, **kwargs
+                )
+        return self._finish(outputs, **kwargs)
+
+    def compute_output_spec(self, inputs, mask=None, **kwargs):
+        return super().compute_output_spec(inputs, **kwargs)
+
+    def _base(self, formed=()):
+        """The base without activation, some changes in its kernel."""
+        if not formed:
+            plain = self.view is None
+            return without_ending(self.layer) if plain else self.view.bare()
+        change = sum(m.amount_of(m.kernel_change()) for m in formed)
+        return self.view.with_change(change)
+
+    def _finish(self, outputs, reverse=False):
+        """Applies what the base does to its outputs after its kernel."""
+        cap = getattr(self.layer, "logit_soft_cap", None)
+        if reverse and cap is not None:
+            outputs = ops.tanh(outputs / cap) * cap
+        activation = getattr(self.layer, "activation", None)
+        return outputs if activation is None else activation(outputs)
+
+    def merged_matrix(self, members=None):
+        """Kernel plus changes as a float32 matrix (n_in x n_out).
+
+        Args:
+            members: Those that count; all by default.
+
+        Raises:
+            ValueError: It holds a NaN or an infinity, the base is quantised,
+                or a member is switched off or cannot be merged.
+        """
+        members = self.members() if members is None else members
+        for member in members:
+            member.check_mergeable()
+            member.check_active()
+        self.view.check_assignable()
+        matrix = self.view.matrix()
+        total = matrix + ops.cast(_total(members), matrix.dtype)
+        if not ops.all(ops.isfinite(total)):
+            raise ValueError(
+                f"The merged kernel of layer '{self.name}' holds NaN or "
+                "infinite values, so nothing was merged. The training "
+                "probably diverged: load an earlier adapter file."
+            )
+        return total
+
+    def merge(self, members=None) -> float:
+        """Folds changes into the base's kernel and bias.
+
+        Returns:
+            The share of the change that a kernel of 16 bits could not take,
+            by the Frobenius norm.
+        """
+        members = self.members() if members is None else members
+        bias = self.merged_bias(members)
+        if all(m.only_bias for m in members):
+            for member in members:
+                member.check_active()
+            self._bias().assign(bias)
+            return 0.0
+        matrix = self.merged_matrix(members)
+        change = _total(members)
+        self.view.assign(matrix)
+        if bias is not None:
+            self._bias().assign(bias)
+        if not is_small(self.view.variable().dtype):
+            return 0.0
+        lost, size = ops.norm(self.view.matrix() - matrix), ops.norm(change)
+        lost = ops.convert_to_numpy(lost / ops.maximum(size, 1e-30))
+        return float(lost)
+
+    def merged_bias(self, members=None):
+        """Bias plus changes; None where no member changes it."""
+        members = self.members() if members is None else members
+        changes = [(m, m.bias_change()) for m in members]
+        changes = [
+            ops.cast(m.adapter_strength, c.dtype) * c
+            for m, c in changes
+            if c is not None
+        ]
+        if not changes:
+            return None
+        bias = self._bias()
+        total = ops.cast(bias, wide_dtype(bias.dtype))
+        total = total + ops.cast(sum(changes), total.dtype)
+        return ops.cast(total, bias.dtype)
+
+    def _bias(self):
+        """The variable that holds the base's bias, or a norm's shift."""
+        bias = getattr(self.layer, "bias", None)
+        return self.layer.beta if bias is None else bias
+
+    def forwarded(self, base, name):
+        view = vars(self).get("view")
+        if view is None or view.kernel_name is None:
+            return getattr(base, name)
+        if name in (view.kernel_name, f"_{view.kernel_name}"):
+            matrix = view.matrix()
+            total = ops.cast(_total(self.members()), matrix.dtype)
+            return view.kernel(matrix + total)
+        return getattr(base, name)
+
+
+def _total(members):
+    """The sum of what the members add to the kernel, at their strengths."""
+    parts = []
+    for member in members:
+        delta = member.delta_matrix()
+        on = ops.not_equal(member.adapter_strength, 0)
+        strength = ops.cast(member.adapter_strength, delta.dtype)
+        parts.append(ops.where(on, strength * delta, ops.zeros_like(delta)))
+    return sum(parts)
