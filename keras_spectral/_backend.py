@@ -23,6 +23,15 @@ def concretely() -> contextlib.AbstractContextManager:
     return jax.ensure_compile_time_eval()
 
 
+def is_in_graph(x) -> bool:
+    """Whether a tensor is a part of a TensorFlow graph, without numbers."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.is_symbolic_tensor(x)
+
+
 def scope_of(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
     """The scope of the TensorFlow strategy that a model was built under."""
     strategy = getattr(model, "distribute_strategy", None)

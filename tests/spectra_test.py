@@ -191,3 +191,28 @@ def test_progress_bar_keeps_quiet_in_a_notebook_without_widgets(monkeypatch):
         with spectra.LateProgress("work", 2) as progress:
             progress.advance(1)
             assert progress.bar.live.is_started != notebook
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        (ks.LoRADense, {"rank": 2, "initializer": "pissa"}),
+        (ks.DecayingLoRA, {"rank": 2, "end_step": 10}),
+        (ks.SpectralDense, {"rank": 2}),
+        (ks.GatedSpectralDense, {"directions": 2, "l1": 0.1}),
+        (ks.ConditionalSpectralDense, {"rank": 2}),
+    ],
+)
+def test_a_model_may_be_built_by_fit(adapter, options):
+    """The kernel gets its numbers after the layers are built."""
+    layer = adapter(keras.layers.Dense(6), **options)
+    model = keras.Sequential([layer])
+    model.compile(keras.optimizers.SGD(1e-12), "mse")
+    x = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+    model.fit(x, np.ones((8, 6)), verbose=0)
+    if hasattr(layer, "u"):
+        _check(layer.view, (layer.u, layer.s, layer.v), 2)
+        return
+    u, s, vt = np.linalg.svd(layer.layer.kernel.numpy())
+    pair = layer.lora_a.numpy() @ layer.lora_b.numpy()
+    np.testing.assert_allclose(pair, u[:, :2] * s[:2] @ vt[:2], atol=1e-4)

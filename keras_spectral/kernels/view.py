@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_in_graph
 from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral._internal.twin import twin
 from keras_spectral._internal.twin import without_ending
@@ -85,7 +86,8 @@ class KernelView:
     def finite_matrix(self):
         """`matrix()`; a ValueError if it holds a NaN or an infinity."""
         matrix = self.matrix()
-        if not ops.all(ops.isfinite(matrix)):
+        finite = ops.all(ops.isfinite(matrix))
+        if not is_in_graph(finite) and not finite:
             raise ValueError(
                 f"The kernel of layer {self.label} holds NaN or infinite "
                 "values. Expected finite numbers: training has probably "

@@ -207,14 +207,12 @@ class DecayingLoRA(LowRankAdapter):
     def _start(self):
         view = self.view
         if self.initializer == "svd":
-            triplets = self.take_triplets(self.rank)
-            u, s, v = map(ops.convert_to_tensor, triplets)
-            root = ops.sqrt(s / abs(self.initial_scale()))
+            scale = abs(self.initial_scale())
             sign = math.copysign(1.0, self.alpha)
-            # Fresh tensors each time: no two variables share one buffer.
-            return (
-                lambda shape, dtype=None: u * root,
-                lambda shape, dtype=None: ops.transpose(v * (sign * root)),
+            return self.from_triplets(
+                self.rank,
+                lambda u, s, v: u * ops.sqrt(s / scale),
+                lambda u, s, v: sign * ops.transpose(v * ops.sqrt(s / scale)),
             )
         a = lora_start(view, derived_seed(self.seed, "lora_a"))
         if self.initializer == "zeros":

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import eagerly
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral.layers.adapter import register_method
@@ -74,11 +75,13 @@ class GatedSpectralDense(KernelAdapter):
     def build_adapter(self):
         self.directions = self.triplets_needed(self.view)
         add_triplets(self, range(self.directions))
+        with eagerly():  # it holds a tensor
+            l1 = keras.regularizers.L1(self.l1) if self.l1 else None
         self.gates = self.add_weight(
             name="gates",
             shape=(self.directions,),
             initializer="zeros",
-            regularizer=keras.regularizers.L1(self.l1) if self.l1 else None,
+            regularizer=l1,
         )
 
     def factors(self):

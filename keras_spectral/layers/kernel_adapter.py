@@ -1,7 +1,11 @@
 """Adapters of one linear layer: changes of its kernel."""
 
+import functools
+from collections.abc import Callable
+
 import keras
 from keras import ops
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_spectral._backend import is_training
 from keras_spectral._internal.checks import check_number
@@ -111,12 +115,33 @@ class KernelAdapter(AdapterLayer, KernelHost):
         """Factors made elsewhere, together with others or from a cache."""
         self._triplets = triplets
 
-    def take_triplets(self, count: int) -> Triplets:
-        """The kernel's first singular triplets, given or made here."""
-        triplets, self._triplets = self._triplets, None
-        if triplets is None:
-            triplets = factorize([(self.view, count)])[0]
-        return triplets
+    def from_triplets(self, count: int, *functions: Callable) -> list[Callable]:
+        """Initializers from the kernel's first singular triplets.
+
+        The triplets are those that were given, or are made when the weights
+        get their numbers: in a model that is built by its first `fit` the
+        kernel has none before.
+
+        Args:
+            count: How many triplets.
+            *functions: `(u, s, v) -> tensor`, one for each initializer.
+        """
+        given, self._triplets = self._triplets, None
+
+        @functools.cache
+        def triplets():
+            found = given or factorize([(self.view, count)])[0]
+            return [ops.convert_to_tensor(x) for x in found]
+
+        def initializer(function):
+            def start(shape, dtype=None):
+                if in_stateless_scope():  # only shapes are asked for
+                    return ops.zeros(shape, dtype)
+                return ops.cast(function(*triplets()), dtype)
+
+            return start
+
+        return [initializer(function) for function in functions]
 
     def added(self, total, inputs, outputs, training, mask, **kwargs):
         """Adds strength times the change to outputs.

@@ -114,20 +114,14 @@ class LowRankAdapter(KernelAdapter):
         """A pair that starts as the options say."""
         start = {}
         if self.initializer == "pissa":
-            a_start, b_start = self._pissa_start()
+            a_start, b_start = self.from_triplets(
+                self.rank,
+                lambda u, s, v: u * ops.sqrt(s),
+                lambda u, s, v: ops.transpose(v * ops.sqrt(s)),
+            )
             start = {"a_start": a_start, "b_start": b_start}
             start["keeps_start"] = True
         return LowRankPair(self, self.view, self.rank, seed=self.seed, **start)
-
-    def _pissa_start(self):
-        u, s, v = map(ops.convert_to_tensor, self.take_triplets(self.rank))
-        root = ops.sqrt(s)
-
-        # Fresh tensors each time: two variables must not share one buffer.
-        return (
-            lambda shape, dtype=None: u * root,
-            lambda shape, dtype=None: ops.transpose(v * root),
-        )
 
 
 def lora_start(view, seed):

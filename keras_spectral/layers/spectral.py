@@ -184,16 +184,17 @@ def add_triplets(adapter, columns):
     `column_list` says which they are.
     """
     adapter.column_list = tuple(columns)
-    triplets = adapter.take_triplets(max(columns) + 1)
-    for name, values in triplets._asdict().items():
-        picked = ops.take(ops.convert_to_tensor(values), columns, axis=-1)
+    count, view = len(adapter.column_list), adapter.view
+    shapes = {"u": (view.n_in, count), "s": (count,), "v": (view.n_out, count)}
+    starts = adapter.from_triplets(
+        max(columns) + 1,
+        lambda u, s, v: ops.take(u, columns, axis=-1),
+        lambda u, s, v: ops.take(s, columns, axis=-1),
+        lambda u, s, v: ops.take(v, columns, axis=-1),
+    )
+    for (name, shape), start in zip(shapes.items(), starts):
         variable = adapter.add_weight(
-            name=name,
-            shape=picked.shape,
-            initializer=lambda shape, dtype=None, picked=picked: ops.cast(
-                picked, dtype
-            ),
-            trainable=False,
+            name=name, shape=shape, initializer=start, trainable=False
         )
         setattr(adapter, name, variable)
 
