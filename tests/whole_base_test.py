@@ -225,6 +225,16 @@ def test_merging_says_what_16_bits_round_away():
     assert _out(model).shape == (8, 4)
 
 
+def test_merging_into_float32_rounds_no_bias():
+    model = _mlp("bfloat16")
+    ks.wrap_model(model, "lora", "hidden", rank=2, trainable="biases")
+    for weight in model.trainable_weights:
+        weight.assign(np.full(weight.shape, 1 / 3))
+    ks.merge_model(model, dtype="float32")
+    bias = ops.convert_to_numpy(model.get_layer("hidden").bias)
+    np.testing.assert_allclose(bias, 1 / 3, rtol=1e-6)
+
+
 def test_no_wrap_inside_of_an_unwrapped_block():
     model = _mlp()
     ks.wrap_model(model, "lora", target="hidden", rank=2)

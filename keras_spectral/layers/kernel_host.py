@@ -96,13 +96,12 @@ class KernelHost(Host):
         if all(m.only_bias for m in members):
             for member in members:
                 member.check_active()
-            self._bias().assign(bias)
+            self.take_bias(bias)
             return 0.0
         matrix = self.merged_matrix(members)
         change = _total(members)
         self.view.assign(matrix)
-        if bias is not None:
-            self._bias().assign(bias)
+        self.take_bias(bias)
         if not is_small(self.view.variable().dtype):
             return 0.0
         lost, size = ops.norm(self.view.matrix() - matrix), ops.norm(change)
@@ -110,7 +109,7 @@ class KernelHost(Host):
         return float(lost)
 
     def merged_bias(self, members=None):
-        """Bias plus changes; None where no member changes it."""
+        """Bias plus changes, in 32 bits or more; None where there are none."""
         members = self.members() if members is None else members
         changes = [(m, m.bias_change()) for m in members]
         changes = [
@@ -122,8 +121,13 @@ class KernelHost(Host):
             return None
         bias = self._bias()
         total = ops.cast(bias, wide_dtype(bias.dtype))
-        total = total + ops.cast(sum(changes), total.dtype)
-        return ops.cast(total, bias.dtype)
+        return total + ops.cast(sum(changes), total.dtype)
+
+    def take_bias(self, bias):
+        """Writes what `merged_bias` gave into the base."""
+        if bias is not None:
+            variable = self._bias()
+            variable.assign(ops.cast(bias, variable.dtype))
 
     def _bias(self):
         """The variable that holds the base's bias, or a norm's shift."""

@@ -84,13 +84,16 @@ def merge_model(
             if chosen and not isinstance(host, TrainedCopy):
                 kernel = not all(m.only_bias for m in chosen)
                 if kernel and is_small(host.layer.variable_dtype):
-                    wide[host.layer] = host.merged_matrix(chosen)
+                    wide[host.layer] = (
+                        host.merged_matrix(chosen),
+                        host.merged_bias(chosen),
+                    )
         losses = fold_all(model, snapshot, adapter)
         if not wide:
             warn_of_rounding(losses)
         take_off(model, snapshot, names if adapter is not None else None)
         if wide:
-            swaps = {x: _widened(x, dtype, m) for x, m in wide.items()}
+            swaps = {x: _widened(x, dtype, *w) for x, w in wide.items()}
             put(model, swaps, snapshot)
     return model
 
@@ -181,12 +184,17 @@ def _check_staying(model, names):
             )
 
 
-def _widened(layer, dtype, matrix):
-    """An equal layer of another dtype with a kernel from a matrix."""
+def _widened(layer, dtype, matrix, bias):
+    """An equal layer of another dtype with a kernel from a matrix.
+
+    And with another bias, unless that is None.
+    """
     config = {**layer.get_config(), "dtype": dtype}
     wide = type(layer).from_config(config)
     wide.build(layer.get_build_config()["input_shape"])
     for new, old in zip(wide.weights, layer.weights):
         new.assign(keras.ops.cast(old, new.dtype))
     kernel_view(wide).assign(matrix)
+    if bias is not None:
+        wide.bias.assign(keras.ops.cast(bias, wide.bias.dtype))
     return wide

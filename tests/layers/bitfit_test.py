@@ -350,7 +350,7 @@ def test_norms_and_biases_together():
     np.testing.assert_allclose(_numpy(model(_x())), adapted, atol=1e-5)
 
 
-def test_merging_into_float32_widens_kernels_alone():
+def test_merging_into_float32_widens_layers_with_kernels():
     model = _network("bfloat16")
     options = {"rank": 1, "trainable": "biases"}
     ks.wrap_model(model, "lora", target="value", **options)
