@@ -116,6 +116,13 @@ def test_caches_that_are_no_folders(tmp_path, monkeypatch, folder):
         spectra.factorize([], folder)
 
 
+@pytest.mark.parametrize("method", ["lora", "spectral"])
+def test_a_cache_is_checked_whether_it_is_used_or_not(method):
+    model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(8)])
+    with pytest.raises(ValueError, match="svd_cache=3.*Expected"):
+        ks.wrap_model(model, method, "all", rank=2, svd_cache=3)
+
+
 def test_wrap_model_uses_the_cache(tmp_path):
     def wrapped():
         keras.utils.set_random_seed(0)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import keras
 
 from keras_spectral._internal.checks import check_adapter_name
+from keras_spectral._internal.checks import check_path
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import BitFit
 from keras_spectral.layers.host import Host
@@ -109,6 +110,8 @@ def wrap_model(
     adapter_class = adapter_class_of(method)
     check_model(model)
     check_adapter_name(adapter)
+    if svd_cache is not None:
+        check_path(svd_cache, "svd_cache")
     candidates = places(model)
     if target is None:
         target = adapter_class.default_target
