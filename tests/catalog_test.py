@@ -11,6 +11,8 @@ import keras_spectral as ks
 from keras_spectral.layers import METHODS
 from keras_spectral.layers.adapter import register_method
 
+pytestmark = pytest.mark.once
+
 BASES = {
     "attention": lambda: layers.Dense(6, name="query"),
     "all-linear": lambda: layers.Dense(6, name="dense"),

@@ -13,6 +13,8 @@ from keras_spectral.layers import METHODS
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.gate_network import GateNetwork
 
+pytestmark = pytest.mark.once
+
 BAD_NUMBERS = (math.nan, math.inf, -math.inf, True, "8", None, 1j)
 
 

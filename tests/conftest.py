@@ -10,6 +10,9 @@ import pytest  # noqa: E402
 
 import keras_spectral  # noqa: E402, F401
 
+ON_TORCH = keras.backend.backend() == "torch"
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+
 
 def _warm_up():
     """Loads what Keras loads late: seeds import TensorFlow, `fit` the rest."""
@@ -25,6 +28,39 @@ gc.collect()
 gc.freeze()
 # And what tests leave behind goes at the end of each file.
 gc.set_threshold(100_000, 20, 100)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--everything",
+        action="store_true",
+        help="off PyTorch also what is marked `once`",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what PyTorch's run has seen to."""
+    if ON_TORCH or config.getoption("everything"):
+        return
+    once = [item for item in items if item.get_closest_marker("once")]
+    config.hook.pytest_deselected(items=once)
+    items[:] = [item for item in items if not item.get_closest_marker("once")]
+
+
+@pytest.fixture(autouse=True)
+def _eager_on_tensorflow(request):
+    """Tracing a step takes TensorFlow seconds, running it eagerly does not.
+
+    What is marked `compiled` runs as users run it.
+    """
+    if not ON_TENSORFLOW or request.node.get_closest_marker("compiled"):
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +84,7 @@ def _traced_steps_are_forgotten():
     garbage took longer than the tests.
     """
     yield
-    if keras.backend.backend() == "tensorflow":
+    if ON_TENSORFLOW:
         from tensorflow.python.framework import ops
 
         gradients = ops.gradient_registry._registry

@@ -20,7 +20,14 @@ from keras_spectral.layers.member import own_weights
 
 VARIANTS = variants.collected("layers")
 PAIRS = [
-    pytest.param(variant, case, id=f"{variant.name}-{case.name}")
+    pytest.param(
+        variant,
+        case,
+        id=f"{variant.name}-{case.name}",
+        # On TensorFlow each variant compiles one kind of layer.
+        marks=[pytest.mark.compiled]
+        * (case is layer_cases.simplest(variant.cases)),
+    )
     for variant in VARIANTS
     for case in layer_cases.on_this_backend(variant.cases)
 ]

@@ -6,6 +6,8 @@ from keras import layers
 import keras_spectral as ks
 from keras_spectral.model.counting import count_weights
 
+pytestmark = pytest.mark.once
+
 
 def _quiet(model):
     return ks.adapter_summary(model, rich.console.Console(quiet=True))

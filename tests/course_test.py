@@ -15,6 +15,8 @@ import pytest
 from keras_spectral import course
 from keras_spectral.course import data as course_data
 
+pytestmark = pytest.mark.once
+
 TUTORIALS = pathlib.Path(__file__).parent.parent / "tutorials"
 
 

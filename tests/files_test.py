@@ -13,6 +13,8 @@ from keras_spectral._internal import files as _files
 from keras_spectral._internal.files import whole_file
 from keras_spectral._internal.files import write_safetensors
 
+pytestmark = pytest.mark.once
+
 
 def _mode(path):
     return stat.S_IMODE(os.stat(path).st_mode)

@@ -84,6 +84,7 @@ def test_pruned_parts_are_gone_and_the_rest_goes_on():
     )
 
 
+@pytest.mark.once
 def test_pruning_shares_keeps_the_others_in_proportion():
     model = _wrapped(gate="softmax", warmup_steps=0)
     for layer in _blocks(model):
@@ -104,6 +105,7 @@ def test_pruning_shares_keeps_the_others_in_proportion():
     np.testing.assert_allclose(_outputs(model), before, atol=1e-5)
 
 
+@pytest.mark.once
 def test_a_block_without_a_part_left_loses_its_adapter():
     model = _wrapped()
     first, _ = _blocks(model)
@@ -115,6 +117,7 @@ def test_a_block_without_a_part_left_loses_its_adapter():
     assert model.get_layer("block_0").trainable_weights
 
 
+@pytest.mark.once
 def test_nothing_changes_where_all_would_go():
     model = _wrapped()
     for block in _blocks(model):
@@ -152,6 +155,7 @@ def test_search_keeps_what_fits(gate):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 def test_what_is_kept_goes_on_with_its_weights(monkeypatch, gate):
     model, data = _compiled()
@@ -177,6 +181,7 @@ def test_what_is_kept_goes_on_with_its_weights(monkeypatch, gate):
     assert all(b.low_steps.shape == (count,) for b in _blocks(model))
 
 
+@pytest.mark.once
 def test_latency_shuts_every_part():
     model, data = _compiled()
     values = [w.numpy() for w in model.weights]
@@ -187,6 +192,7 @@ def test_latency_shuts_every_part():
         np.testing.assert_array_equal(weight.numpy(), value)
 
 
+@pytest.mark.once
 def test_search_wants_a_plain_compiled_model():
     with pytest.raises(ValueError, match="not compiled"):
         ks.search_parts(block_cases.model(), None)
@@ -199,6 +205,7 @@ def test_search_wants_a_plain_compiled_model():
         ks.search_parts(model, data, keep=2)
 
 
+@pytest.mark.once
 def test_tuning_leaves_the_model_as_it_was():
     pytest.importorskip("optuna")
     model, data = _compiled()
@@ -216,6 +223,7 @@ def test_tuning_leaves_the_model_as_it_was():
     assert not adapter_places(model)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -233,6 +241,7 @@ def test_searches_refuse(options, expected):
     assert not adapter_places(model)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -254,6 +263,7 @@ def test_tuning_refuses(options, expected):
     assert not adapter_places(model)
 
 
+@pytest.mark.once
 def test_tuning_by_a_metric_that_is_nan(monkeypatch):
     pytest.importorskip("optuna")
     model, data = _compiled()
@@ -265,6 +275,7 @@ def test_tuning_by_a_metric_that_is_nan(monkeypatch):
     assert not adapter_places(model)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("search", [ks.search_parts, ks.collect_gates])
 @pytest.mark.parametrize("model", [None, 3])
 def test_what_is_no_model(search, model):
@@ -272,6 +283,7 @@ def test_what_is_no_model(search, model):
         search(model, np.ones((2, 3)))
 
 
+@pytest.mark.once
 def test_no_examples():
     model, data = _compiled()
     with pytest.raises(ValueError, match="at least one example"):

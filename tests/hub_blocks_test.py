@@ -9,6 +9,8 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.model.hosts import adapter_places
 
+pytestmark = pytest.mark.compiled
+
 keras_hub = pytest.importorskip("keras_hub")
 
 # The number of blocks of each family's tiny model.

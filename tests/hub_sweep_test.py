@@ -12,6 +12,8 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.model.hosts import adapter_places
 
+pytestmark = pytest.mark.compiled
+
 # Layers that a model holds but does not use for its outputs, or that no
 # gradient reaches: their adapters cannot learn. By pattern of paths.
 UNREACHED = {

@@ -9,6 +9,8 @@ from keras import ops
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.compiled
+
 keras_hub = pytest.importorskip("keras_hub")
 QUIET = rich.console.Console(quiet=True)
 

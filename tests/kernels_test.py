@@ -154,7 +154,11 @@ QUANTISABLE = [
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("case", QUANTISABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    layer_cases.on_this_backend(QUANTISABLE),
+    ids=lambda case: case.name,
+)
 def test_quantised_kernel_is_read_dequantised(case, mode):
     layer = _linear(case)
     view = kernel_view(layer)

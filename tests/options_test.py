@@ -6,6 +6,8 @@ from keras import layers
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.once
+
 
 def _model(width=8):
     return keras.Sequential(

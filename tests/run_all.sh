@@ -19,7 +19,7 @@ lane() {
     # warnings on a newer PyTorch. Of the contract it runs two kinds of layer.
     oldest)
         PYTHONPATH=$OLDEST${PYTHONPATH:+:$PYTHONPATH} \
-            try torch -m "not slow" -W default \
+            try torch -m "not slow and not once" -W default \
             -k "not contract_test or dense or conv_2d" $(without_hub)
         ;;
     *-hub) try "${1%-hub}" -m "not slow" $hub ;;

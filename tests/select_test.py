@@ -9,6 +9,8 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.model.hosts import adapter_places
 
+pytestmark = pytest.mark.once
+
 
 def _mlp():
     return keras.Sequential(

@@ -14,7 +14,8 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.layers import METHODS
 
-CALLS = int(os.environ.get("THREAD_CALLS", 25))
+ON_TORCH = keras.backend.backend() == "torch"
+CALLS = int(os.environ.get("THREAD_CALLS", 25 if ON_TORCH else 10))
 NAMES = [
     name
     for name, cls in sorted(METHODS.items())

@@ -11,6 +11,8 @@ from keras import ops
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.compiled
+
 
 def _x(*shape):
     return np.random.default_rng(0).normal(size=shape).astype("float32")

@@ -188,6 +188,7 @@ def test_batch_normalisation_stands_still():
         np.testing.assert_array_equal(weight.numpy(), value)
 
 
+@pytest.mark.compiled
 def test_after_fit_the_next_fit_trains_adapters_only():
     model, x, y = _mlp(), _x(16, 8), np.ones((16, 3))
     model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
@@ -277,6 +278,7 @@ def test_trainable_patterns_and_overrides():
     assert names.count("head") == 2 and len(names) == 6
 
 
+@pytest.mark.once
 def test_targets():
     def wrapped(**kwargs):
         model = _mlp()
@@ -299,6 +301,7 @@ def test_targets():
     ]
 
 
+@pytest.mark.once
 def test_automatic_names_match_as_shown_and_by_stable_key():
     def make():
         return keras.Sequential(
@@ -387,6 +390,7 @@ def test_gc_freeze_does_not_hide_the_model():
     assert len(model.trainable_weights) == 6
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
@@ -421,6 +425,7 @@ def test_bad_input_leaves_the_model_as_it_was(kwargs, match):
     np.testing.assert_array_equal(model.predict(_x(4, 8), verbose=0), plain)
 
 
+@pytest.mark.once
 def test_other_bad_calls():
     model = _mlp()
     with pytest.raises(ValueError, match="method='lroa'.*'lora'"):
@@ -484,6 +489,7 @@ def test_an_error_inside_the_blocks_still_puts_all_back():
     np.testing.assert_array_equal(_numpy(model(_x(2, 8))), adapted)
 
 
+@pytest.mark.compiled
 def test_disabling_does_not_retrace():
     model, traces = _mlp(), []
 
@@ -524,6 +530,7 @@ def test_weights_file_of_the_wrapped_and_of_the_base(tmp_path):
     np.testing.assert_array_equal(_numpy(fresh(_x(2, 8))), plain)
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
     reason="SavedModel export needs TensorFlow",
@@ -600,6 +607,7 @@ def test_tied_embedding_only_by_class():
     )
 
 
+@pytest.mark.once
 def test_summary_counts(capsys):
     model = _mlp()
     ks.wrap_model(model, "lora", target="first", rank=2, trainable="head")
@@ -613,6 +621,7 @@ def test_summary_counts(capsys):
     assert summary.total == model.count_params()
 
 
+@pytest.mark.once
 def test_an_unknown_option_names_the_known_ones():
     model = _mlp()
     with pytest.raises(ValueError, match="'first'.*no option alpha.*columns"):

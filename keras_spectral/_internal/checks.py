@@ -114,9 +114,7 @@ def check_choice(value: Any, name: str, choices: Iterable) -> Any:
 def check_path(path: Any, name: str = "path") -> Any:
     """Raises unless `path` names a file or a folder."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(
-            f"Received {name}={path!r}. Expected a path."
-        )
+        raise ValueError(f"Received {name}={path!r}. Expected a path.")
     return path
 
 

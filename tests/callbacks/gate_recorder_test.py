@@ -59,6 +59,7 @@ def test_only_training_counts():
     np.testing.assert_allclose(*records, rtol=1e-5)
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="Keras has it not on PyTorch"
 )

@@ -8,6 +8,8 @@ from keras_spectral.layers.allocation import RankAllocation
 from keras_spectral.layers.allocation import Schedule
 from keras_spectral.optimizers import IVON
 
+pytestmark = pytest.mark.compiled
+
 ON_TORCH = keras.backend.backend() == "torch"
 
 

@@ -5,6 +5,8 @@ from keras import ops
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.compiled
+
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 

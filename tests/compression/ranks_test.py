@@ -12,6 +12,8 @@ from keras_spectral.compression.ranks import allocate
 from keras_spectral.compression.ranks import total_size
 from keras_spectral.compression.ranks import worst_error
 
+pytestmark = pytest.mark.once
+
 
 def _spectrum(seed, n_in=24, n_out=16, slicings=(1, 2, 4)):
     rng = np.random.default_rng(seed)

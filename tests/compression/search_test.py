@@ -4,6 +4,8 @@ import pytest
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.once
+
 
 def _model(rank=8):
     """Two adapted layers; `one` needs 3 pairs, `two` only 1."""

@@ -14,6 +14,8 @@ from keras_spectral.library.merging import combine_pairs
 from keras_spectral.library.merging import truncated
 from keras_spectral.library.merging import truncated_product
 
+pytestmark = pytest.mark.once
+
 RANDOM = [name for name in METHODS if "dare" in name]
 PLAIN = ("cat", "linear", "svd")
 GOLDEN_CASES = ["linear", "cat", "svd", "ties_total", "dare_linear"]

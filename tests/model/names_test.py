@@ -142,6 +142,7 @@ def test_what_trains_can_be_chosen():
     assert not ks.set_adapters(model, "first", train=[]).trainable_weights
 
 
+@pytest.mark.compiled
 def test_two_tasks_trained_in_turn_equal_two_models():
     """Each with its own head and its own state of the optimizer."""
 
@@ -163,6 +164,7 @@ def test_two_tasks_trained_in_turn_equal_two_models():
         _same(_out(ks.set_adapters(model, name)), outputs, 1e-6)
 
 
+@pytest.mark.compiled
 def test_a_new_compile_ends_what_was_kept_for_a_set():
     model = _add(_add(_model(), "a"), "b")
     model.compile("adam", "mse")
@@ -188,6 +190,7 @@ class Counting(keras.layers.Layer):
         return x
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="PyTorch traces nothing"
 )
@@ -300,6 +303,7 @@ def test_files_by_name(tmp_path):
     _same(_out(picked), second)
 
 
+@pytest.mark.compiled
 def test_loading_over_a_name_swaps_values(tmp_path):
     file = tmp_path / "file.safetensors"
     model = _add(_model(), "task")
@@ -438,6 +442,7 @@ def test_biases_beside_copies_are_refused_or_train_whole():
     assert {"head/second/kernel", "one/second/bias_delta"} <= names
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("act", "match"),
     [
@@ -473,6 +478,7 @@ def test_bad_input_changes_nothing(act, match):
     assert [id(w) for w in model.trainable_weights] == trained
 
 
+@pytest.mark.once
 def test_the_last_is_not_deleted_and_two_are_not_one(tmp_path):
     model, *_ = _two()
     file = tmp_path / "two.safetensors"

@@ -11,6 +11,8 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.optimizers import IVON
 
+pytestmark = pytest.mark.compiled
+
 GOLDEN = os.environ.get("KERAS_SPECTRAL_GOLDEN")
 BACKEND = keras.backend.backend()
 

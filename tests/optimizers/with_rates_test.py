@@ -13,6 +13,8 @@ from keras_spectral._internal.optimizers import stop_after_update
 from keras_spectral.optimizers import IVON
 from keras_spectral.optimizers import WithRates
 
+pytestmark = pytest.mark.compiled
+
 GOLDEN = os.environ.get("KERAS_SPECTRAL_GOLDEN")
 BACKEND = keras.backend.backend()
 OPTIMIZERS = keras.optimizers

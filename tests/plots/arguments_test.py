@@ -3,6 +3,8 @@ import pytest
 
 from keras_spectral import plots
 
+pytestmark = pytest.mark.once
+
 NOTHING = [None, 3, [], [1], {"a": 1.5}, "text", keras.Sequential()]
 DRAW = [
     plots.plot_gate_bars,

@@ -3,6 +3,8 @@ import pytest
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.once
+
 GATES = {
     "model/block_0": {
         "prefix": np.array([0.1, 0.3]),

@@ -4,6 +4,8 @@ import pytest
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.once
+
 PATHS = ("model/block_0/query", "model/block_0/value", "model/block_1/query")
 RANKS = [dict(zip(PATHS, ranks)) for ranks in ((4, 4, 4), (1, 3, 0))]
 

@@ -4,6 +4,8 @@ import pytest
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.once
+
 
 def _model(method, **options):
     model = keras.Sequential(

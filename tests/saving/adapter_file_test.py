@@ -145,6 +145,7 @@ def _check_refused(path, match, model=None, error=ValueError):
     assert (path.read_bytes() if path.exists() else None) == content
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
 @pytest.mark.parametrize(
     ("change", "match"),

@@ -15,6 +15,8 @@ from keras import ops
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.once
+
 
 def _model():
     keras.utils.set_random_seed(0)

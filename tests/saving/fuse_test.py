@@ -5,6 +5,8 @@ from keras import ops
 
 import keras_spectral as ks
 
+pytestmark = pytest.mark.once
+
 
 def _model(seed=0):
     keras.utils.set_random_seed(seed)
