@@ -8,6 +8,8 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.optimizers import IVON
 
+pytestmark = pytest.mark.compiled
+
 
 def _numpy(x):
     return ops.convert_to_numpy(x)
