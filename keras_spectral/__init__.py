@@ -14,6 +14,7 @@ from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import search_rank
+from keras_spectral.exchange import load_peft
 from keras_spectral.layers import IA3
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
@@ -93,6 +94,7 @@ __all__ = [
     "fuse_adapters",
     "list_targets",
     "load_adapters",
+    "load_peft",
     "merge_model",
     "merged",
     "methods",

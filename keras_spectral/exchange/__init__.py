@@ -1,0 +1,5 @@
+"""Adapters of other libraries: HF PEFT's folders, KerasHub's LoRA files."""
+
+from keras_spectral.exchange.reading import load_peft
+
+__all__ = ["load_peft"]
