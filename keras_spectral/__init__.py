@@ -15,6 +15,7 @@ from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import search_rank
 from keras_spectral.exchange import load_peft
+from keras_spectral.exchange import save_peft
 from keras_spectral.layers import IA3
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
@@ -104,6 +105,7 @@ __all__ = [
     "prune_parts",
     "rename_adapter",
     "save_adapters",
+    "save_peft",
     "search_parts",
     "search_rank",
     "set_adapters",

@@ -259,6 +259,15 @@ def is_target(config: dict, path: str) -> bool:
     return number in (wanted if isinstance(wanted, list) else [wanted])
 
 
+def is_saved_module(config: dict, tensor: str) -> bool:
+    """Whether a tensor is one of a module in `modules_to_save`."""
+    saved = config["modules_to_save"] or []
+    saved = (saved,) if isinstance(saved, str) else tuple(saved)
+    pieces = tensor.split(".")
+    modules = [".".join(pieces[:i]) for i in range(1, len(pieces))]
+    return any(module.endswith(saved) for module in modules)
+
+
 def _ends_with(path, names):
     return path in names or any(path.endswith(f".{name}") for name in names)
 

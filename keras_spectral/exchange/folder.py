@@ -1,5 +1,6 @@
-"""Reads the two files of an adapter's folder, of which nothing is trusted."""
+"""The files of an adapter's folder: read without trust, written whole."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,10 +10,12 @@ import safetensors
 import safetensors.numpy
 
 from keras_spectral._internal.checks import check_path
+from keras_spectral._internal.files import whole_file
 from keras_spectral.saving.reading import check_finite
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+CARD = "README.md"
 _PICKLE = "adapter_model.bin"
 _WIDTHS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -40,6 +43,40 @@ def read_folder(
             "`save_pretrained` or `ks.save_peft` has written."
         )
     return _read_config(home / CONFIG), _read_tensors(home)
+
+
+def write_folder(
+    folder: str | os.PathLike,
+    config: dict,
+    tensors: dict[str, np.ndarray],
+    card: str,
+) -> None:
+    """Writes an adapter's files, all or none, into a folder that it makes."""
+    home = pathlib.Path(folder)
+    if not home.parent.is_dir():
+        raise FileNotFoundError(
+            f"Cannot write {home}: there is no folder {home.parent}. Make it "
+            "first (`os.makedirs`)."
+        )
+    is_new = not home.exists()
+    home.mkdir(exist_ok=True)
+    try:
+        with contextlib.ExitStack() as files:
+            parts = {
+                name: files.enter_context(whole_file(home / name))
+                for name in (CARD, CONFIG, TENSORS)
+            }
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            pathlib.Path(parts[CARD]).write_text(card, "utf-8")
+            pathlib.Path(parts[CONFIG]).write_text(text, "utf-8")
+            # PEFT and transformers look for the format.
+            metadata = {"format": "pt"}
+            safetensors.numpy.save_file(tensors, parts[TENSORS], metadata)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                home.rmdir()
+        raise
 
 
 def _read_config(path):

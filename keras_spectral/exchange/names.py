@@ -16,6 +16,8 @@ from keras_spectral.exchange.recorder import recorded_head
 from keras_spectral.exchange.recorder import recorded_sources
 from keras_spectral.exchange.slots import Slot
 from keras_spectral.exchange.slots import slot_of
+from keras_spectral.kernels import KernelView
+from keras_spectral.kernels import kernel_view
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
@@ -34,10 +36,24 @@ class Weight(NamedTuple):
     place: Place
     source: Source
 
+
+class Part(NamedTuple):
+    """A kernel that a Hugging Face module is made of, alone or with others.
+
+    Attributes:
+        place: Where its layer is.
+        view: The kernel as a matrix.
+        slot: Where it lies in the module's tensor.
+    """
+
+    place: Place
+    view: KernelView
+    slot: Slot
+
     @property
-    def slot(self) -> Slot | None:
-        """Where it lies in the tensor; None if that is permuted for it."""
-        return slot_of(self.source)
+    def columns(self) -> slice:
+        """Which of the module's outputs are the layer's."""
+        return slice(self.slot.start, self.slot.start + self.view.n_out)
 
 
 class Found(NamedTuple):
@@ -66,6 +82,7 @@ class HubNames:
         prefix: What names of the backbone's tensors begin with.
         tensors: The weights that make each tensor, by its name on the disk
             without the prefix: several where it is fused.
+        heads: The tensors of a classifier's head.
     """
 
     def __init__(self, model: keras.Model):
@@ -77,9 +94,11 @@ class HubNames:
         by_layer = {id(subject(p.layer)): p for p in places(model)}
         self.tensors: dict[str, list[Weight]] = {}
         self._tops: set[str] = set()
+        self.heads: set[str] = set()
         if backbone is not subject(model):
             heads = recorded_head(model) or _head_sources(model)
-            self._tops |= {source.key for source in heads}
+            self.heads = {source.key for source in heads}
+            self._tops |= self.heads
             sources = [*sources, *heads]
         for source in sources:
             key = source.key
@@ -113,9 +132,34 @@ class HubNames:
             key.removesuffix(".weight"): weights
             for key, weights in self.tensors.items()
             if key.endswith(".weight")
+            and key != "lm_head.weight"  # a table that is read backwards
             and weights[0].source.attribute in _KERNELS
             and len(weights[0].source.shape) > 1
         }
+
+    def parts(self, module: str) -> list[Part]:
+        """The kernels of a module, in the order of its outputs.
+
+        Raises:
+            ValueError: Their numbers stand in another order than the
+                tensor's.
+        """
+        weights = self.modules[module]
+        slots = [slot_of(weight.source) for weight in weights]
+        for weight, slot in zip(weights, slots):
+            if slot is None:
+                raise ValueError(
+                    f"'{module}' is '{weight.place.path}' here, whose numbers "
+                    "stand in another order than in Hugging Face's module. "
+                    "Expected an adapter that leaves it out."
+                )
+        # A hook that takes the first columns says nothing of those behind.
+        total = max(slot.total for slot in slots)
+        parts = [
+            Part(w.place, kernel_view(w.source.layer), s._replace(total=total))
+            for w, s in zip(weights, slots)
+        ]
+        return sorted(parts, key=lambda part: part.slot.start)
 
     def module(self, path: str) -> Found | None:
         """The module that a file's path means, whatever stands before it."""

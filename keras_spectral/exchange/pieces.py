@@ -4,14 +4,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
 from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral.exchange.config import is_target
 from keras_spectral.exchange.config import matching_key
-from keras_spectral.exchange.names import Weight
-from keras_spectral.kernels import kernel_view
+from keras_spectral.exchange.names import Part
 from keras_spectral.model.paths import Place
-from keras_spectral.model.paths import subject
 
 Tensors = dict[str, np.ndarray]
 _SMALL = 1e-5  # PEFT adds it to the rank of AdaLoRA
@@ -24,7 +23,7 @@ class Piece(NamedTuple):
         place: Where it goes.
         method: Its name here.
         options: Its options.
-        values: Its weights, by their attributes.
+        values: Its parts, by their attributes.
         bias: What it adds to the layer's bias besides, or None.
     """
 
@@ -36,23 +35,23 @@ class Piece(NamedTuple):
 
 
 def lora_pieces(
-    weights: list[Weight], tensors: Tensors, config: dict, path: str
+    parts: list[Part], tensors: Tensors, config: dict, path: str
 ) -> list[Piece]:
     """The adapters of a module with LoRA or DoRA.
 
     Args:
-        weights: The kernels that make the module: several if it is fused.
+        parts: The kernels that make the module: several if it is fused.
         tensors: The file's tensors of the module, by their suffixes.
         config: The checked configuration.
         path: The module's name in the file.
     """
-    layout = weights[0].slot.layout
+    layout = parts[0].slot.layout
     table = layout == "table"
     names = ["lora_embedding_A", "lora_embedding_B"]
     names = names if table else ["lora_A.weight", "lora_B.weight"]
     a, b = (_take(tensors, name, path) for name in names)
     rank = _by_pattern(config, "r", "rank_pattern", path)
-    _check_shapes(weights, path, rank, dict(zip(names, (a, b))))
+    _check_shapes(parts, path, rank, dict(zip(names, (a, b))))
     a, b = _as_matrix(a, layout).T, b.reshape(b.shape[0], rank).T
     alpha = _by_pattern(config, "lora_alpha", "alpha_pattern", path)
     rooted = config["use_rslora"]
@@ -65,11 +64,12 @@ def lora_pieces(
         _check_size(bias, b.shape[1], f"{path}.lora_B.bias")
         bias = bias * alpha / (math.sqrt(rank) if rooted else rank)
     pieces = []
-    for weight, columns, codes in _shares(weights, b):
+    needs_all = magnitude is not None or bias is not None
+    for part, columns, codes in _shares(parts, b, needs_all):
         own_a, own_b = a[:, codes], b[codes][:, columns]
         share = own_a.shape[1] / rank
         options = {"alpha": alpha * (math.sqrt(share) if rooted else share)}
-        own_a, own_b, options = _fitted(weight, own_a, own_b, options, rooted)
+        own_a, own_b, options = _fitted(part, own_a, own_b, options, rooted)
         options["scaling"] = "rslora" if rooted else "standard"
         options["dropout"] = 0.0 if table else config["lora_dropout"]
         values = {"lora_a": own_a, "lora_b": own_b}
@@ -78,12 +78,12 @@ def lora_pieces(
             method = "dora"
             values["magnitude"] = magnitude[columns]
         own_bias = None if bias is None else bias[columns]
-        pieces.append(Piece(weight.place, method, options, values, own_bias))
+        pieces.append(Piece(part.place, method, options, values, own_bias))
     return pieces
 
 
 def adalora_pieces(
-    weights: list[Weight], tensors: Tensors, config: dict, path: str
+    parts: list[Part], tensors: Tensors, config: dict, path: str
 ) -> list[Piece]:
     """The adapters of a module with AdaLoRA; see `lora_pieces`."""
     a, b, e = (_take(tensors, f"lora_{x}", path) for x in "ABE")
@@ -91,37 +91,37 @@ def adalora_pieces(
     flags = (config["rank_pattern"] or {}).get(f"{path}.lora_E")
     rank = start if flags is None else sum(flags)
     found = {"lora_A": a, "lora_B": b, "lora_E": e}
-    _check_shapes(weights, path, rank, found)
+    _check_shapes(parts, path, rank, found)
     _check_size(e, rank, f"{path}.lora_E")
     if not rank:
         return []
     alpha = config["lora_alpha"]
     if rank != start:
         alpha *= (rank + _SMALL) / (start + _SMALL)
-    options = {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": config["lora_dropout"],
-        "orthogonality": config["orth_reg_weight"],
-    }
-    return [
-        Piece(
-            weight.place,
-            "adalora",
-            options,
-            {"lora_a": a.T, "lora_b": b.T[:, _columns(weight)], "lora_e": e[:, 0]},
-        )
-        for weight in weights
-    ]
+    options = {"dropout": config["lora_dropout"]}
+    kept = {"rank": rank, "orthogonality": config["orth_reg_weight"]}
+    pieces = []
+    for part in parts:
+        own_a, own_b = a.T, b.T[:, part.columns]
+        if rank > part.view.max_rank:  # PEFT allows that
+            scale = alpha / (rank + _SMALL)
+            scaled = {**options, "alpha": scale * rank}
+            pair = _fitted(part, own_a * e[:, 0], own_b, scaled, False)
+            values = dict(zip(("lora_a", "lora_b"), pair[:2]))
+            pieces.append(Piece(part.place, "lora", pair[2], values))
+            continue
+        own = {**options, **kept, "alpha": alpha}
+        values = {"lora_a": own_a, "lora_b": own_b, "lora_e": e[:, 0]}
+        pieces.append(Piece(part.place, "adalora", own, values))
+    return pieces
 
 
 def ia3_pieces(
-    weights: list[Weight], tensors: Tensors, config: dict, path: str
+    parts: list[Part], tensors: Tensors, config: dict, path: str
 ) -> list[Piece]:
     """The adapters of a module with IA3; see `lora_pieces`."""
     gains = _take(tensors, "ia3_l", path)
-    n_in = kernel_view(subject(weights[0].place.layer)).n_in
-    total = weights[0].slot.total
+    n_in, total = parts[0].view.n_in, parts[0].slot.total
     inputs = gains.ndim > 0 and gains.shape[0] == 1 and gains.size == n_in
     outputs = gains.size == total
     if gains.ndim == 2:
@@ -130,54 +130,51 @@ def ia3_pieces(
         meant = {**config, "target_modules": config["feedforward_modules"]}
         inputs = is_target(meant, path)
     if not inputs and not outputs:
-        raise _wrong_shape(
-            path, "ia3_l", gains, f"({total}, 1) or (1, {n_in})"
-        )
+        raise _wrong_shape(path, "ia3_l", gains, f"({total}, 1) or (1, {n_in})")
     gains = gains.reshape(-1)
     side = "input" if inputs else "output"
     return [
         Piece(
-            weight.place,
+            part.place,
             "ia3",
             {"side": side},
-            {"gains": gains if inputs else gains[_columns(weight)]},
+            {"gains": gains if inputs else gains[part.columns]},
         )
-        for weight in weights
+        for part in parts
     ]
 
 
-def _columns(weight):
-    """Which of a fused module's outputs are a layer's."""
-    view = kernel_view(subject(weight.place.layer))
-    return slice(weight.slot.start, weight.slot.start + view.n_out)
-
-
-def _shares(weights, b):
+def _shares(parts, b, needs_all):
     """For each layer of a module its columns of B, and its rows.
 
     Of a pair that was made of one for each layer (see `join_pairs`) each gets
-    its own back; layers of any other share all rows.
+    its own back; layers of any other share all rows. Layers that B leaves
+    alone get none, unless all are needed.
     """
-    columns = [_columns(weight) for weight in weights]
+    columns = [part.columns for part in parts]
     used = [np.abs(b[:, c]).max(axis=1) > 0 for c in columns]
     on = [i for i, rows in enumerate(used) if rows.any()]
     rank = len(b)
     every = slice(0, rank)
-    if len(weights) == 1 or not on or rank % len(on):
-        return [(w, c, every) for w, c in zip(weights, columns)]
+    alone = len(parts) == 1 or not on
+    if alone or rank % len(on) or (needs_all and len(on) < len(parts)):
+        return [(w, c, every) for w, c in zip(parts, columns)]
     size = rank // len(on)
     blocks = [slice(k * size, (k + 1) * size) for k in range(len(on))]
-    if any(used[i].sum() != used[i][block].sum() for i, block in zip(on, blocks)):
-        return [(w, c, every) for w, c in zip(weights, columns)]
-    return [(weights[i], columns[i], block) for i, block in zip(on, blocks)]
+    if any(
+        used[i].sum() != used[i][block].sum() for i, block in zip(on, blocks)
+    ):
+        return [(w, c, every) for w, c in zip(parts, columns)]
+    return [(parts[i], columns[i], block) for i, block in zip(on, blocks)]
 
 
-def _fitted(weight, a, b, options, rooted):
+def _fitted(part, a, b, options, rooted):
     """A pair of no higher rank than the kernel has; it is the same product."""
-    most = kernel_view(subject(weight.place.layer)).max_rank
+    most = part.view.max_rank
     rank = a.shape[1]
     if rank > most:
-        a, b = (np.asarray(x) for x in nearest_pair(a @ b, most))
+        product = ops.convert_to_tensor(a @ b)
+        a, b = map(ops.convert_to_numpy, nearest_pair(product, most))
         share = most / rank
         options["alpha"] *= math.sqrt(share) if rooted else share
     return a, b, {**options, "rank": a.shape[1]}
@@ -205,10 +202,9 @@ def _take(tensors, name, path):
     return tensors[name]
 
 
-def _check_shapes(weights, path, rank, found):
+def _check_shapes(parts, path, rank, found):
     """Raises unless the pair fits the rank and the layers."""
-    layer = subject(weights[0].place.layer)
-    n_in, total = kernel_view(layer).n_in, weights[0].slot.total
+    n_in, total = parts[0].view.n_in, parts[0].slot.total
     (first, a), (second, b) = list(found.items())[:2]
     sizes = a.shape[:1], math.prod(a.shape[1:])
     if sizes != ((rank,), n_in):

@@ -12,6 +12,7 @@ from keras import ops
 from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import check_model
 from keras_spectral.exchange.config import checked_config
+from keras_spectral.exchange.config import is_saved_module
 from keras_spectral.exchange.config import is_target
 from keras_spectral.exchange.config import matching_key
 from keras_spectral.exchange.folder import CONFIG
@@ -23,6 +24,7 @@ from keras_spectral.exchange.pieces import adalora_pieces
 from keras_spectral.exchange.pieces import ia3_pieces
 from keras_spectral.exchange.pieces import lora_pieces
 from keras_spectral.layers import METHODS
+from keras_spectral.layers.bitfit import bias_name
 from keras_spectral.layers.trained_copy import NamedCopy
 from keras_spectral.model.hosts import names_in
 from keras_spectral.model.paths import Place
@@ -128,9 +130,9 @@ class _Content:
         self._check_targets(modules)
         read = _PIECES[config["peft_type"]]
         for path, found in self._found.items():
-            weights = names.modules[found.name]
-            self._check_weights(weights, path)
-            for piece in read(weights, modules[path], config, path):
+            parts = names.parts(found.name)
+            self._check_tables(parts, path)
+            for piece in read(parts, modules[path], config, path):
                 self.pieces.append(piece)
                 if piece.bias is not None:
                     self._add_bias(piece.place, piece.bias)
@@ -147,6 +149,8 @@ class _Content:
             match = _SUFFIX.fullmatch(path)
             if path == key:
                 unknown.append(key)
+            elif ".original_module." in path:
+                continue  # the base's own, which PEFT saves with `bias="all"`
             elif match is None:
                 others[path] = tensor
             elif self._module(match[1]):
@@ -171,7 +175,7 @@ class _Content:
         if unknown[0].startswith(_START):
             known = [self.names.path(name) for name in self.names.modules]
             hint = f"This model has {known[:3]} and {len(known) - 3} more."
-            if "lm_head" in unknown[0]:
+            if any(".lm_head." in name for name in unknown):
                 hint = (
                     "The output projection is a part of the token embedding "
                     "here, which no adapter fits: train the adapter without."
@@ -235,19 +239,13 @@ class _Content:
                         "such a name."
                     )
 
-    def _check_weights(self, weights, path):
-        for weight in weights:
-            layer = subject(weight.place.layer)
-            if weight.slot is None:
-                raise ValueError(
-                    f"'{path}' is '{weight.place.path}' here, whose numbers "
-                    "stand in another order than in Hugging Face's module. "
-                    "Expected an adapter that leaves it out."
-                )
-            tied = getattr(layer, "tie_weights", False)
+    def _check_tables(self, parts, path):
+        """Raises if a module is a table that is read backwards as well."""
+        for part in parts:
+            tied = getattr(part.view.layer, "tie_weights", False)
             if tied and self.names.task_type == "CAUSAL_LM":
                 raise ValueError(
-                    f"'{path}' is '{weight.place.path}' here, which is the "
+                    f"'{path}' is '{part.place.path}' here, which is the "
                     "output projection as well: an adapter would change both. "
                     "Expected an adapter that leaves it out."
                 )
@@ -260,9 +258,7 @@ class _Content:
             if not self._is_missing_head(plain):
                 self._refuse([_START + path])
             return
-        saved = self.config["modules_to_save"] or []
-        saved = [saved] if isinstance(saved, str) else saved
-        is_saved = any(f".{name}." in f".{plain}" for name in saved)
+        is_saved = is_saved_module(self.config, plain)
         for weight in self.names.tensors[found.name]:
             source = weight.source
             value = self._value(source, tensor, path)
@@ -315,18 +311,22 @@ class _Content:
                 "Expected one of the two for each layer."
             )
         for key, (place, change) in self._biases.items():
-            if key in self.copies or not change.any():
+            if not change.any():
                 continue
             layer = subject(place.layer)
-            bias = getattr(layer, "bias", None)
-            bias = getattr(layer, "beta", None) if bias is None else bias
-            if bias is None:
+            name = bias_name(layer)
+            if name is None:
                 raise ValueError(
                     f"{self.folder} has lora_bias=true in {CONFIG}, and "
                     f"'{place.path}' has no bias that could take it. Expected "
                     "lora_bias=false, or a base with biases."
                 )
+            bias = getattr(layer, name)
             value = change.reshape(bias.shape)
+            if key in self.copies:
+                now = ops.convert_to_numpy(ops.cast(bias, "float32"))
+                self.copies[key][1][name] = now + value
+                continue
             piece = Piece(place, "bitfit", {}, {"bias_delta": value})
             self.pieces.append(piece)
         self._check_tied()
