@@ -14,6 +14,7 @@ from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import search_rank
+from keras_spectral.exchange import load_keras_lora
 from keras_spectral.exchange import load_peft
 from keras_spectral.exchange import save_peft
 from keras_spectral.layers import IA3
@@ -95,6 +96,7 @@ __all__ = [
     "fuse_adapters",
     "list_targets",
     "load_adapters",
+    "load_keras_lora",
     "load_peft",
     "merge_model",
     "merged",

@@ -72,9 +72,9 @@ def pair_of(
             return pair, 0.0
     if rank is None and not adapter.is_low_rank:
         raise ValueError(
-            f"Layer '{adapter.name}' is a {type(adapter).__name__} whose change "
-            "has no low rank. Expected rank=, what it is truncated to, or "
-            "`merge_model`."
+            f"Layer '{adapter.name}' is a {type(adapter).__name__} whose "
+            "change has no low rank. Expected rank=, what it is truncated "
+            "to, or `merge_model`."
         )
     most = adapter.view.max_rank
     (a, b), error = lora_pair(adapter, min(rank or most, most))

@@ -10,6 +10,7 @@ from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral.exchange.config import is_target
 from keras_spectral.exchange.config import matching_key
 from keras_spectral.exchange.names import Part
+from keras_spectral.kernels import KernelView
 from keras_spectral.model.paths import Place
 
 Tensors = dict[str, np.ndarray]
@@ -67,8 +68,7 @@ def lora_pieces(
     needs_all = magnitude is not None or bias is not None
     for part, columns, codes in _shares(parts, b, needs_all):
         own_a, own_b = a[:, codes], b[codes][:, columns]
-        share = own_a.shape[1] / rank
-        options = {"alpha": alpha * (math.sqrt(share) if rooted else share)}
+        options = {"alpha": _shared(alpha, own_a.shape[1] / rank, rooted)}
         own_a, own_b, options = _fitted(part, own_a, own_b, options, rooted)
         options["scaling"] = "rslora" if rooted else "standard"
         options["dropout"] = 0.0 if table else config["lora_dropout"]
@@ -168,16 +168,31 @@ def _shares(parts, b, needs_all):
     return [(parts[i], columns[i], block) for i, block in zip(on, blocks)]
 
 
+def within_rank(
+    view: KernelView, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A pair of no higher rank than the kernel has, with the same product."""
+    if a.shape[1] <= view.max_rank:
+        return a, b
+    product = ops.convert_to_tensor(a @ b)
+    a, b = nearest_pair(product, view.max_rank)
+    return ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+
+
 def _fitted(part, a, b, options, rooted):
-    """A pair of no higher rank than the kernel has; it is the same product."""
-    most = part.view.max_rank
+    """A pair `within_rank`, and its options."""
     rank = a.shape[1]
-    if rank > most:
-        product = ops.convert_to_tensor(a @ b)
-        a, b = map(ops.convert_to_numpy, nearest_pair(product, most))
-        share = most / rank
-        options["alpha"] *= math.sqrt(share) if rooted else share
-    return a, b, {**options, "rank": a.shape[1]}
+    a, b = within_rank(part.view, a, b)
+    alpha = _shared(options["alpha"], a.shape[1] / rank, rooted)
+    return a, b, {**options, "alpha": alpha, "rank": a.shape[1]}
+
+
+def _shared(alpha, share, rooted):
+    """The alpha of a part of the ranks, that gives them the same scale."""
+    if share == 1:
+        return alpha
+    alpha *= math.sqrt(share) if rooted else share
+    return float(f"{alpha:.12g}")  # what was multiplied by a root comes back
 
 
 def _by_pattern(config, field, patterns, path):
@@ -206,8 +221,11 @@ def _check_shapes(parts, path, rank, found):
     """Raises unless the pair fits the rank and the layers."""
     n_in, total = parts[0].view.n_in, parts[0].slot.total
     (first, a), (second, b) = list(found.items())[:2]
-    sizes = a.shape[:1], math.prod(a.shape[1:])
-    if sizes != ((rank,), n_in):
+    right = a.shape == (rank, n_in)
+    if parts[0].slot.layout == "conv":
+        kernel = parts[0].view.variable().shape
+        right = a.shape == (rank, kernel[-2], *kernel[:-2])
+    if not right:
         raise _wrong_shape(path, first, a, f"rank {rank} by {n_in} inputs")
     if b.shape[:1] != (total,) or b.size != total * rank:
         raise _wrong_shape(path, second, b, f"{total} outputs by rank {rank}")

@@ -67,11 +67,12 @@ def recorded_sources(backbone: keras.Model) -> list[Source]:
 
 def recorded_head(task: keras.Model) -> list[Source]:
     """The sources of a task's head, where KerasHub's converter knows them."""
-    converter = _converter_of(task.backbone)
+    backbone = subject(task.backbone)
+    converter = _converter_of(backbone)
     if not hasattr(converter, "convert_head"):
         return []
     loader = _Loader()
-    converter.convert_head(_mirrored(task), loader, _Config(task.backbone))
+    converter.convert_head(_mirrored(task), loader, _Config(backbone))
     return loader.sources
 
 

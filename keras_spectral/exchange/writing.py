@@ -8,7 +8,11 @@ import keras
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_path
 from keras_spectral._internal.checks import check_rank
+from keras_spectral.backbones import SoftPrompt
+from keras_spectral.blocks import PrefixTuning
+from keras_spectral.exchange import prompts
 from keras_spectral.exchange.card import model_card
+from keras_spectral.exchange.content import start_of
 from keras_spectral.exchange.folder import write_folder
 from keras_spectral.exchange.modules import ia3_tensors
 from keras_spectral.exchange.modules import lora_tensors
@@ -17,13 +21,12 @@ from keras_spectral.exchange.trained import bias_tensors
 from keras_spectral.exchange.trained import copy_tensors
 from keras_spectral.layers import IA3
 from keras_spectral.layers import BitFit
+from keras_spectral.layers import KernelAdapter
 from keras_spectral.layers.trained_copy import NamedCopy
 from keras_spectral.model.hosts import adapter_places
 from keras_spectral.model.hosts import member_places
 from keras_spectral.model.hosts import require_names
 from keras_spectral.saving.reading import check_finite
-
-_START = "base_model.model."
 
 
 def save_peft(
@@ -93,12 +96,16 @@ def save_peft(
             "alone, which is no kind of PEFT's. Expected one of another "
             "method beside them; `merge_model` folds them into the base."
         )
-    tensors, fields, errors = _written(names, adapters, rank)
+    tensors, fields, errors = _written(names, model, adapters, rank)
     trained, fields["modules_to_save"] = copy_tensors(names, copies)
     tensors |= trained
     if biases:
         tensors |= bias_tensors(names, biases, fields)
-    tensors = {_START + key: value for key, value in tensors.items()}
+    start = start_of(fields["peft_type"])
+    tensors = {
+        key if key == prompts.KEY else start + key: value
+        for key, value in tensors.items()
+    }
     check_finite(tensors, f"Not written to {os.fspath(folder)}")
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
@@ -110,16 +117,24 @@ def save_peft(
     return errors
 
 
-def _written(names, adapters, rank):
+def _written(names, model, adapters, rank):
     """Tensors, fields and errors of adapters, which are of one kind."""
-    scaling = [isinstance(place.layer, IA3) for place in adapters]
-    if not any(scaling):
-        return lora_tensors(names, adapters, rank)
-    if all(scaling):
-        return ia3_tensors(names, adapters)
+    for kind, write in (
+        (PrefixTuning, lambda: prompts.prompt_tensors(model, adapters)),
+        (SoftPrompt, lambda: prompts.prompt_tensors(model, adapters)),
+        (IA3, lambda: ia3_tensors(names, adapters)),
+        (KernelAdapter, lambda: lora_tensors(names, adapters, rank)),
+    ):
+        of_kind = [p for p in adapters if isinstance(p.layer, kind)]
+        if len(of_kind) == len(adapters):
+            return write()
+        if of_kind and kind is not KernelAdapter:
+            break
+    found = sorted({place.layer.method for place in adapters})
     raise ValueError(
-        "The adapter has IA3 on some layers and other methods on others. "
-        "Expected one of PEFT's kinds for all of them."
+        f"The adapter has the methods {found}. Expected one of PEFT's kinds on "
+        "all layers: LoRA and what converts to it, DoRA, IA3, a prefix or a "
+        "soft prompt."
     )
 
 
