@@ -50,7 +50,7 @@ def load_peft(
 
     Example:
 
-    >>> load_peft(keras.Sequential(), "nowhere")
+    >>> load_peft(keras.Sequential(), "nowhere")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     FileNotFoundError: There is no folder nowhere. ...
     """

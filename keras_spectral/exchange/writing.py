@@ -72,9 +72,17 @@ def save_peft(
 
     Example:
 
-    >>> save_peft(keras.Sequential(), "folder")
-    Traceback (most recent call last):
-    ValueError: Model ... has no adapters. ...
+    >>> import keras_hub, tempfile
+    >>> model = keras_hub.models.BertBackbone(
+    ...     vocabulary_size=16, num_layers=1, num_heads=2, hidden_dim=8,
+    ...     intermediate_dim=12, max_sequence_length=8,
+    ... )
+    >>> model = ks.wrap_model(model, "lora", ".*/query", rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     errors = save_peft(model, folder)
+    ...     model = ks.load_peft(ks.unwrap_model(model), folder)
+    >>> errors
+    {'transformer_layer_0/self_attention_layer/query': 0.0}
     """
     check_model(model)
     check_path(folder, "folder")
