@@ -23,7 +23,14 @@ def saved(model, path, rank=3, layers=None):
     return outputs(model)
 
 
-@pytest.mark.parametrize("make", [bert, llama, gpt2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bert,
+        pytest.param(llama, marks=pytest.mark.once),
+        pytest.param(gpt2, marks=pytest.mark.once),
+    ],
+)
 def test_equals_keras_s_own(tmp_path, make):
     path = tmp_path / "a.lora.h5"
     expected = saved(make(), path)

@@ -82,14 +82,49 @@ def test_peft_s_own_folder_comes_out_as_it_went_in(tmp_path, family, adapter):
     "make, method, options",
     [
         (bert, "lora", {"target": "all-linear", "rank": 3}),
-        (bert, "lora", {"target": QKV, "rank": 3, "scaling": "rslora"}),
-        (bert, "lora", {"target": QKV, "rank": 2, "trainable": "biases"}),
-        (llama, "lora", {"target": "attention", "rank": 2, "alpha": 0.3}),
-        (llama, "dora", {"target": QKV, "rank": 2, "alpha": 7}),
-        (llama, "ia3", {"target": None}),
-        (gpt2, "lora", {"target": QKV, "rank": 2, "alpha": 3}),
-        (gpt2, "lora", {"target": "attention", "rank": 2, "alpha": 3}),
-        (gpt2, "lora", {"target": QKV, "rank": 4, "scaling": "rslora"}),
+        pytest.param(
+            bert,
+            "lora",
+            {"target": QKV, "rank": 3, "scaling": "rslora"},
+            marks=pytest.mark.once,
+        ),
+        pytest.param(
+            bert,
+            "lora",
+            {"target": QKV, "rank": 2, "trainable": "biases"},
+            marks=pytest.mark.once,
+        ),
+        pytest.param(
+            llama,
+            "lora",
+            {"target": "attention", "rank": 2, "alpha": 0.3},
+            marks=pytest.mark.once,
+        ),
+        pytest.param(
+            llama,
+            "dora",
+            {"target": QKV, "rank": 2, "alpha": 7},
+            marks=pytest.mark.once,
+        ),
+        pytest.param(llama, "ia3", {"target": None}, marks=pytest.mark.once),
+        pytest.param(
+            gpt2,
+            "lora",
+            {"target": QKV, "rank": 2, "alpha": 3},
+            marks=pytest.mark.once,
+        ),
+        pytest.param(
+            gpt2,
+            "lora",
+            {"target": "attention", "rank": 2, "alpha": 3},
+            marks=pytest.mark.once,
+        ),
+        pytest.param(
+            gpt2,
+            "lora",
+            {"target": QKV, "rank": 4, "scaling": "rslora"},
+            marks=pytest.mark.once,
+        ),
     ],
 )
 def test_round_trip(tmp_path, make, method, options):
@@ -252,6 +287,7 @@ def test_one_of_several_adapters(tmp_path):
     assert distance(outputs(back), outputs(model)) < 1e-6
 
 
+@pytest.mark.once
 def test_prefix_comes_back(tmp_path):
     model = trained(llama(), "prefix", "blocks", length=3)
     ks.save_peft(model, tmp_path)
