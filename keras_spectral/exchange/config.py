@@ -9,6 +9,8 @@ from typing import NamedTuple
 from keras_spectral._internal.checks import is_whole
 from keras_spectral.exchange.folder import CONFIG
 
+_LARGE = 1e30
+
 
 class Field(NamedTuple):
     """A field that is understood: what fits, in words, and what it defaults
@@ -20,7 +22,8 @@ class Field(NamedTuple):
 
 
 def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < _LARGE  # NaN is no number either
 
 
 def _is_names(value):

@@ -2,7 +2,6 @@
 
 import collections
 import re
-import warnings
 
 import numpy as np
 from keras import ops
@@ -51,6 +50,7 @@ class Content:
         pieces: Adapters of single layers.
         copies: For the key of each layer that trains as a copy its place and
             its values, by attribute.
+        left_out: Tensors of a task that the model, a bare backbone, has not.
     """
 
     def __init__(self, model, config, tensors, folder):
@@ -58,6 +58,7 @@ class Content:
         self.config, self.folder = config, folder
         self.pieces: list[Piece] = []
         self.copies: dict[str, tuple[Place, dict]] = {}
+        self.left_out: list[str] = []
         self._biases: dict[str, tuple[Place, np.ndarray]] = {}
         self._found: dict[str, Found] = {}
         self._start = start_of(config["peft_type"])
@@ -67,6 +68,7 @@ class Content:
             others = self._modules(tensors)
         for path, tensor in others.items():
             self._read_other(path, tensor)
+        self._check_saved(others)
         self._join()
 
     def _prompt(self, model, tensors):
@@ -144,16 +146,11 @@ class Content:
         )
 
     def _is_missing_head(self, path):
-        """Whether a bare backbone can do without a tensor, which is said."""
+        """Whether a bare backbone can do without a tensor."""
         start = path.split(".")
         if self.names.prefix or not {*start[:2]} & {*_HEADS}:
             return False
-        warnings.warn(
-            f"{self.folder} holds '{path}', a part of a task, which a "
-            "backbone has not: it is passed over. The task (such as "
-            "`BertTextClassifier`) takes it.",
-            stacklevel=7,
-        )
+        self.left_out.append(path)
         return True
 
     def _check_targets(self, modules):
@@ -166,7 +163,9 @@ class Content:
             self.names.path(name, prefix, renamed): name
             for name in self.names.modules
         }
-        present = {f.name for f in found}
+        present = {f.name: path for path, f in self._found.items()}
+        double = [p for p, f in self._found.items() if present[f.name] != p]
+        self._refuse([f"{self._start}{path}" for path in double])
         missing = [
             path
             for path, name in expected.items()
@@ -222,6 +221,21 @@ class Content:
                 self._add_bias(weight.place, value - now)
             elif not np.allclose(value, now, rtol=1e-2, atol=1e-4):
                 self._add_copy(weight.place, source.attribute, value, path)
+
+    def _check_saved(self, others):
+        """Raises unless all tensors of saved modules are there."""
+        paths = {self.names.path(key): key for key in self.names.tensors}
+        saved = [p for p in paths if is_saved_module(self.config, p)]
+        found = map(self.names.tensor, others)
+        present = {f.name for f in found if f is not None}
+        missing = [path for path in saved if paths[path] not in present]
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks the tensors {missing[:4]} of "
+                f"{len(missing)}, of modules_to_save="
+                f"{self.config['modules_to_save']!r} in {CONFIG}. The file is "
+                "damaged."
+            )
 
     def _value(self, source, tensor, path):
         try:

@@ -22,6 +22,7 @@ from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
 from keras_spectral.model.placing import Request
 from keras_spectral.model.placing import wrap_places
+from keras_spectral.model.wrap import check_chosen
 from keras_spectral.saving.reading import check_finite
 
 _HALVES = ("lora_kernel_a", "lora_kernel_b")
@@ -85,6 +86,8 @@ def load_keras_lora(
         options: dict[str, Any] = {"rank": a.shape[1]}
         requests.append(Request(place, LoRADense, options, adapter))
         values.append((a, b))
+
+    check_chosen(model, [request.place for request in requests], adapter)
 
     def fill(made):
         for place, (a, b) in zip(made, values):

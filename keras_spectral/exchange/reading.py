@@ -1,6 +1,7 @@
 """load_peft: what HF PEFT wrote, as adapters of a KerasHub model."""
 
 import os
+import warnings
 
 import keras
 
@@ -15,6 +16,7 @@ from keras_spectral.layers.trained_copy import NamedCopy
 from keras_spectral.model.hosts import names_in
 from keras_spectral.model.placing import Request
 from keras_spectral.model.placing import wrap_places
+from keras_spectral.model.wrap import check_chosen
 from keras_spectral.saving.fresh import give_placeholders
 
 
@@ -64,6 +66,7 @@ def load_peft(
     config, tensors = read_folder(folder)
     config = checked_config(config, folder)
     content = Content(model, config, tensors, folder)
+    check_chosen(model, [piece.place for piece in content.pieces], adapter)
     requests = [
         Request(p.place, METHODS[p.method], p.options, adapter)
         for p in content.pieces
@@ -81,6 +84,13 @@ def load_peft(
                     weights[name].assign(value)
 
     wrap_places(model, requests, kept, give_placeholders, fill)
+    if content.left_out:
+        warnings.warn(
+            f"{folder} holds {content.left_out}, parts of a task, which the "
+            "backbone has not: they are passed over. The task, such as "
+            "`BertTextClassifier`, takes them.",
+            stacklevel=2,
+        )
     return model
 
 

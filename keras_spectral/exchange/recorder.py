@@ -46,8 +46,9 @@ def recorded_sources(backbone: keras.Model) -> list[Source]:
     """The sources of a backbone's weights, hosts left out of account.
 
     Raises:
-        ValueError: KerasHub has no converter for the backbone's class, or
-            one that asks for more than names.
+        ImportError: KerasHub is not installed.
+        ValueError: It has no converter for the backbone's class, or one that
+            asks for more than names.
     """
     converter = _converter_of(backbone)
     loader = _Loader()
@@ -78,7 +79,13 @@ def recorded_head(task: keras.Model) -> list[Source]:
 
 def _converter_of(backbone):
     """KerasHub's module that converts checkpoints of a backbone's class."""
-    from keras_hub.src.utils.transformers import preset_loader
+    try:
+        from keras_hub.src.utils.transformers import preset_loader
+    except ImportError as error:
+        raise ImportError(
+            "KerasHub knows the names that layers have in Hugging Face's "
+            'models. Expected it to be installed: `pip install "keras-hub"`.'
+        ) from error
 
     kind = plain_class(backbone)
     found = {
@@ -99,6 +106,9 @@ def _converter_of(backbone):
 
 class _Loader:
     """Writes down what a converter asks for."""
+
+    # What converters look at of KerasHub's own loader.
+    safetensor_config = preset = prefix = None
 
     def __init__(self):
         self.sources: list[Source] = []

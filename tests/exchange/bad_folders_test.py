@@ -130,6 +130,22 @@ def test_unexpected_tensor(tmp_path, name):
     refused(tmp_path, "unexpected tensors.*" + name)
 
 
+def test_module_by_two_names(tmp_path):
+    other = PATH.removeprefix("bert.")
+    tensors = lora(PATH, 8, 8) | lora(other, 8, 8)
+    write(tmp_path, tensors, target_modules=[PATH])
+    refused(tmp_path, "unexpected tensors.*self.query")
+
+
+def test_layer_that_trains_as_a_copy(tmp_path):
+    model = ks.wrap_model(bert(), "lora", rank=2, adapter="a")
+    write(tmp_path, lora("classifier", 8, 3), target_modules=["classifier"])
+    with pytest.raises(ValueError, match="train as copies with another"):
+        ks.load_peft(model, tmp_path)
+    assert ks.adapter_names(model) == ["a"]
+    ks.load_peft(bert(), tmp_path)
+
+
 def test_names_without_their_start(tmp_path):
     write(tmp_path, lora(PATH, 8, 8), "", target_modules=[PATH])
     refused(tmp_path, "begin with 'base_model.model.'")
@@ -139,7 +155,13 @@ def test_another_number_of_classes(tmp_path):
     tensors = lora(PATH, 8, 8) | {"classifier.weight": np.ones((5, 8))}
     fields = {"target_modules": [PATH], "modules_to_save": ["classifier"]}
     write(tmp_path, tensors, **fields)
-    refused(tmp_path, r"\(5, 8\).*another number of classes")
+    tensors["classifier.bias"] = np.ones(5)
+    write(tmp_path, tensors, **fields)
+    refused(tmp_path, r"\(5,.*another number of classes")
+    tensors["classifier.weight"] = np.ones((3, 8))
+    del tensors["classifier.bias"]
+    write(tmp_path, tensors, **fields)
+    refused(tmp_path, r"lacks the tensors \['classifier.bias'\]")
 
 
 @pytest.mark.parametrize("kind", ["VERA", "LOHA", "OFT", "XLORA", None, 3, []])
@@ -174,6 +196,8 @@ def test_rank_that_is_not_the_tensors(folder):
         ("r", "2"),
         ("r", True),
         ("lora_alpha", None),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", 10**400),
         ("lora_dropout", "none"),
         ("use_rslora", 1),
         ("use_dora", "no"),

@@ -89,7 +89,7 @@ def test_equals_peft(family):
 @pytest.mark.once
 def test_backbone_leaves_the_head_out_and_says_so():
     model, x, io = golden_bert()
-    with pytest.warns(UserWarning, match="classifier.*a part of a task"):
+    with pytest.warns(UserWarning, match="classifier.*parts of a task"):
         ks.load_peft(model.backbone, golden("bert", "lora"))
     hidden = ops.convert_to_numpy(model.backbone(x)["sequence_output"])
     seen = x["padding_mask"] == 1
@@ -362,6 +362,7 @@ def test_soft_prompt_and_head(tmp_path):
     prompt, head = rng.normal(size=(4, 8)), rng.normal(size=(3, 8))
     tensors = {"prompt_embeddings": prompt}
     tensors["base_model.classifier.weight"] = head
+    tensors["base_model.classifier.bias"] = np.ones(3)
     fields = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
     fields["modules_to_save"] = ["classifier"]
     model = ks.load_peft(bert(), write(tmp_path, tensors, "", **fields))
@@ -372,7 +373,7 @@ def test_soft_prompt_and_head(tmp_path):
     assert adapter.start() == 0
     kernel = ops.convert_to_numpy(model.get_layer("logits").kernel)
     np.testing.assert_array_equal(kernel, head.T.astype("float32"))
-    del tensors["base_model.classifier.weight"]
+    tensors = {"prompt_embeddings": prompt}
     with pytest.raises(ValueError, match="generates text layer by layer"):
         ks.load_peft(llama(), write(tmp_path, tensors, "", **fields))
 
