@@ -62,10 +62,12 @@ def is_off(strength: keras.Variable) -> bool:
 
 
 def multiply_add(outputs, codes, b):
-    """`outputs + codes b` for a matrix b, on PyTorch in one pass."""
-    if keras.backend.backend() != "torch":
-        product = keras.ops.matmul(codes, b)
-        return outputs + keras.ops.reshape(product, keras.ops.shape(outputs))
+    """`outputs + codes b` for a matrix b in one pass; None off PyTorch.
+
+    TensorFlow and XLA find such sums themselves.
+    """
+    if keras.backend.backend() != "torch" or codes.dtype != outputs.dtype:
+        return None
     import torch
 
     flat = outputs.reshape(-1, b.shape[1])

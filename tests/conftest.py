@@ -69,6 +69,7 @@ def _names_count_from_the_start():
     keras.utils.clear_session()
     yield
     gc.collect()
+    gc.freeze()  # what is left stays, and is not looked at again
 
 
 @pytest.fixture(autouse=True)

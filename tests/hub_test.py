@@ -280,3 +280,41 @@ def test_compressed_tasks_load_where_nothing_else_is_imported(tmp_path):
     again = outputs_elsewhere(small, _inputs(), tmp_path)
     expected = small.predict(_inputs(), verbose=0)
     np.testing.assert_allclose(again, expected, atol=1e-6)
+
+
+def test_two_tasks_trained_in_turn_equal_two_models():
+    """Each has a head and an optimizer's state of its own."""
+    labels = {"mrpc": np.array([0, 1, 0, 1]), "cola": np.array([1, 1, 0, 0])}
+
+    def task(*names, target=None):
+        keras.utils.set_random_seed(3)
+        model = keras_hub.models.BertTextClassifier(
+            _bert(dropout=0.0), num_classes=2, dropout=0.0, preprocessor=None
+        )
+        for name in names:
+            ks.wrap_model(model, "lora", target, rank=2, seed=4, adapter=name)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer=keras.optimizers.Adam(0.02), loss=loss)
+        return model
+
+    def train(model, name):
+        model.fit(_inputs(), labels[name], verbose=0)
+
+    both = task(*labels)
+    for _ in range(3):
+        for name in labels:
+            ks.set_adapters(both, name)
+            train(both, name)
+    for name in labels:
+        alone = task(name)
+        start = alone.predict(_inputs(), verbose=0)
+        for _ in range(3):
+            train(alone, name)
+        expected = alone.predict(_inputs(), verbose=0)
+        ks.set_adapters(both, name)
+        got = both.predict(_inputs(), verbose=0)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        assert np.abs(got - start).max() > 1e-3
+        assert len(both.trainable_weights) == 2 * 2 * 2 + 2
+    # The head stays none of the linear layers to wrap.
+    assert len(task(*labels, target="all-linear").trainable_weights) == 28

@@ -14,7 +14,7 @@ import keras_spectral as ks
 
 _HOME = str(pathlib.Path(ks.__file__).parent)
 # For each of six operations; where a model's `fit` is compiled, a few.
-_MOMENTS = 17 if keras.backend.backend() == "torch" else 4
+_MOMENTS = 17 if keras.backend.backend() == "torch" else 2
 
 
 class _Interrupter:

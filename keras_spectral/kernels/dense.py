@@ -13,9 +13,10 @@ from keras_spectral.kernels.view import KernelView
 class DenseView(KernelView):
     def add(self, outputs, inputs, a, b, **kwargs):
         codes = self.down(inputs, a)
-        if codes.dtype != outputs.dtype:
-            return super().add(outputs, inputs, a, b, **kwargs)
-        return multiply_add(outputs, codes, b)
+        total = multiply_add(outputs, codes, b)
+        if total is None:
+            total = outputs + ops.cast(self.up(codes, b), outputs.dtype)
+        return total
 
     def down(self, inputs, a):
         return ops.matmul(inputs, a)
@@ -55,12 +56,13 @@ class EinsumDenseView(KernelView):
 
     def add(self, outputs, inputs, a, b, **kwargs):
         _, target, _, columns = self._letters
-        codes = self.down(inputs, a)
+        codes, total = self.down(inputs, a), None
         # Else B's columns are not those of the outputs, one after the other.
-        in_order = target.endswith(columns) and bool(columns)
-        if not in_order or codes.dtype != outputs.dtype:
-            return super().add(outputs, inputs, a, b, **kwargs)
-        return multiply_add(outputs, codes, b)
+        if target.endswith(columns) and columns:
+            total = multiply_add(outputs, codes, b)
+        if total is None:
+            total = outputs + ops.cast(self.up(codes, b), outputs.dtype)
+        return total
 
     def spread(self, row, outputs):
         _, target, _, columns = self._letters

@@ -9,6 +9,7 @@ from keras_spectral.layers import BitFit
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.ia3 import FEED_FORWARD_OUTPUT
 from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hints import ATTENTION
 from keras_spectral.model.hints import KEY_VALUE
 from keras_spectral.model.paths import Place
@@ -42,7 +43,10 @@ def outside_backbone(model, candidates: list[Place]) -> list[Place]:
         place
         for place in candidates
         if id(place.layer) not in inside
-        and (own_variables(place.layer) or isinstance(place.layer, LowRank))
+        and (
+            own_variables(place.layer)
+            or isinstance(place.layer, LowRank | TrainedCopy)
+        )
     ]
 
 

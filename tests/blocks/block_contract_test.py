@@ -16,7 +16,7 @@ from keras_spectral.model.hosts import adapter_places
 
 VARIANTS = variants.collected("blocks")
 # TensorFlow compiles one variant of each method, and runs the others eagerly;
-# where each call is compiled, pairs are of one variant of each method.
+# off PyTorch files, dtypes and pairs are tried with one of each method.
 FIRST = list({v.adapter: v for v in reversed(VARIANTS)}.values())
 ON_TORCH = keras.backend.backend() == "torch"
 PARAMS = [
@@ -128,7 +128,7 @@ def test_padding_is_without_effect(variant):
     np.testing.assert_allclose(_numpy(model(inputs))[kept], before, atol=1e-5)
 
 
-@CONTRACT
+@PAIRED
 def test_hand_built_layers_round_trip_and_go_on_learning(variant, tmp_path):
     cls = variant.adapter
     layers = [
@@ -151,7 +151,7 @@ def test_hand_built_layers_round_trip_and_go_on_learning(variant, tmp_path):
     assert any(np.abs(x - y).max() > 0 for x, y in zip(before, after))
 
 
-@CONTRACT
+@PAIRED
 def test_adapter_file_round_trip(variant, tmp_path):
     model, adapters, _ = _wrapped(variant)
     _randomize(adapters)
@@ -167,7 +167,7 @@ def test_adapter_file_round_trip(variant, tmp_path):
     np.testing.assert_allclose(_outputs(model), adapted, atol=1e-6)
 
 
-@CONTRACT
+@PAIRED
 def test_mixed_bfloat16(variant):
     expected = _outputs(_wrapped(variant)[0])
     model, _, plain = _wrapped(variant, "mixed_bfloat16")

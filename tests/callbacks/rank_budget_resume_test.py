@@ -8,6 +8,8 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral.optimizers import IVON
 
+pytestmark = pytest.mark.compiled
+
 
 def _numpy(x):
     return ops.convert_to_numpy(x)
@@ -75,7 +77,10 @@ def _assert_same(got, wanted):
         np.testing.assert_array_equal(value, other)
 
 
-@pytest.mark.parametrize("kind", ["adam", "ivon"])
+ONCE = [pytest.param(x, marks=pytest.mark.once) for x in ("ivon", "scaled")]
+
+
+@pytest.mark.parametrize("kind", ["adam", *ONCE[:1]])
 def test_a_backup_goes_on_wherever_it_is_in_the_list(kind, tmp_path):
     straight = _model(kind)
     budget = _budget()
@@ -92,7 +97,7 @@ def test_a_backup_goes_on_wherever_it_is_in_the_list(kind, tmp_path):
         assert resumed.ranks == budget.ranks[2:]
 
 
-@pytest.mark.parametrize("kind", ["adam", "ivon", "scaled"])
+@pytest.mark.parametrize("kind", ["adam", *ONCE])
 def test_a_checkpoint_goes_on(kind, tmp_path):
     path = tmp_path / "{epoch}.keras"
     straight = _model(kind)

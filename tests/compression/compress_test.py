@@ -330,6 +330,7 @@ def test_nothing_shrinks_where_almost_all_is_kept():
     )
 
 
+@pytest.mark.once
 def test_files_load_where_nothing_else_is_imported(tmp_path):
     small = ks.compress_model(_image_model(), ratio=0.3)
     again = outputs_elsewhere(small, _images(), tmp_path)

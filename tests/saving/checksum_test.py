@@ -120,6 +120,7 @@ def test_rounding_does_not_warn(path, dtype, saved_small):
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantised_bases_do_not_warn(path, mode):
     _saved(path, initializer="pissa")
@@ -133,6 +134,7 @@ def test_quantised_bases_do_not_warn(path, mode):
         ks.load_adapters(_model(1), path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("kind", ["dense", "einsum", "embedding"])
 def test_rows_of_a_kernel(kind, mode):
