@@ -14,6 +14,9 @@ from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import search_rank
+from keras_spectral.exchange import load_keras_lora
+from keras_spectral.exchange import load_peft
+from keras_spectral.exchange import save_peft
 from keras_spectral.layers import IA3
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
@@ -93,6 +96,8 @@ __all__ = [
     "fuse_adapters",
     "list_targets",
     "load_adapters",
+    "load_keras_lora",
+    "load_peft",
     "merge_model",
     "merged",
     "methods",
@@ -102,6 +107,7 @@ __all__ = [
     "prune_parts",
     "rename_adapter",
     "save_adapters",
+    "save_peft",
     "search_parts",
     "search_rank",
     "set_adapters",

@@ -65,7 +65,7 @@ def to_lora(model: keras.Model, rank: int = 8) -> dict[str, float]:
         adapter.check_active()
     pairs, errors = {}, {}
     for place in adapter_places(model):
-        pairs[place.layer], errors[place.path] = _lora_pair(place.layer, rank)
+        pairs[place.layer], errors[place.path] = lora_pair(place.layer, rank)
 
     def make(old):
         a, b = pairs[old]
@@ -190,8 +190,8 @@ def drop(model: keras.Model, adapters: list[AdapterLayer]) -> None:
         exchange_members(model, dict.fromkeys(adapters), snapshot)
 
 
-def _lora_pair(adapter, rank):
-    """A, B with the scale in B, and their relative error."""
+def lora_pair(adapter: AdapterLayer, rank: int) -> tuple[tuple, float]:
+    """A, B with the scale in B, and their relative error; see `to_lora`."""
     view = adapter.view
     adapter.check_mergeable()
     if isinstance(adapter, DecayingLoRA):

@@ -21,6 +21,7 @@ from keras_spectral.model.kept import kept_places
 from keras_spectral.model.options import adapter_class_of
 from keras_spectral.model.options import check_options
 from keras_spectral.model.options import options_per_layer
+from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import describe
 from keras_spectral.model.paths import places
 from keras_spectral.model.placing import Request
@@ -116,7 +117,7 @@ def wrap_model(
     if target is None:
         target = adapter_class.default_target
     chosen = select(model, candidates, target, exclude, adapter_class)
-    _check_chosen(model, chosen, adapter)
+    check_chosen(model, chosen, adapter)
     kept = kept_places(model, candidates, trainable)
     per_layer = options_per_layer(chosen, options, overrides or {})
     check_options(adapter_class, per_layer)
@@ -155,7 +156,8 @@ def _warn_of_holders(model, chosen):
         )
 
 
-def _check_chosen(model, chosen, name):
+def check_chosen(model: keras.Model, chosen: list[Place], name: str) -> None:
+    """Raises a ValueError unless places can take an adapter of a name."""
     wrapped = [
         place
         for place in chosen

@@ -1,0 +1,94 @@
+"""The model card of an adapter's folder."""
+
+import json
+
+import keras
+
+from keras_spectral.model.adapted import plain_class
+
+_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def model_card(
+    model: keras.Model, config: dict, errors: dict[str, float]
+) -> str:
+    """The text of README.md: what the adapter is, and how it is used.
+
+    Args:
+        model: The model that it was trained on.
+        config: PEFT's configuration.
+        errors: The relative error of each layer's change.
+    """
+    base = config["base_model_name_or_path"]
+    kind = config["peft_type"]
+    is_dora = config.get("use_dora", False)
+    tags = ["keras-spectral", ("DoRA" if is_dora else kind).lower()]
+    head = ["library_name: peft", f"tags: {json.dumps(tags)}"]
+    if base is not None:
+        head.insert(0, f"base_model: {json.dumps(base)}")
+    name = json.dumps(base or "THE_BASE_MODEL")
+    kind_of_model = _TASKS.get(config["task_type"], "AutoModel")
+    if kind_of_model == "AutoModel" and config["task_type"] is None:
+        kind_of_model = "AutoModelForImageClassification"
+    truncated = {path: e for path, e in errors.items() if e}
+    lines = [
+        "---",
+        *head,
+        "---",
+        "",
+        "# Adapter",
+        "",
+        f"A {'DoRA' if is_dora else kind} adapter for {base or 'a base model'} "
+        f"({plain_class(model).__name__} of KerasHub), written by "
+        "keras_spectral.",
+        "",
+        *_sizes(config),
+        f"- modules: {len(config.get('target_modules') or [])}",
+        f"- trained besides: {', '.join(config['modules_to_save'] or ['-'])}",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {kind_of_model}",
+        "",
+        f"base = {kind_of_model}.from_pretrained({name}{_classes(config)})",
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        "```",
+        "",
+        "In Keras:",
+        "",
+        "```python",
+        "import keras_spectral as ks",
+        "",
+        'ks.load_peft(model, "THIS_FOLDER")  # a KerasHub model of the base',
+        "```",
+        "",
+    ]
+    if truncated:
+        worst = max(truncated.values())
+        lines += [
+            "## Truncation",
+            "",
+            f"{len(truncated)} of {len(errors)} layers were truncated; the "
+            f"largest relative error of a layer's change is {worst:.3g}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _sizes(config):
+    if "r" not in config:
+        return []
+    ranks = {config["r"], *config["rank_pattern"].values()}
+    ranks = ", ".join(map(str, sorted(ranks)))
+    return [f"- rank: {ranks}", f"- alpha: {config['lora_alpha']}"]
+
+
+def _classes(config):
+    is_classifier = config["task_type"] == "SEQ_CLS"
+    return ", num_labels=NUMBER_OF_CLASSES" if is_classifier else ""
