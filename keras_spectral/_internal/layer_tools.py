@@ -4,6 +4,7 @@ import inspect
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -83,3 +84,12 @@ def freeze(layer: keras.layers.Layer) -> None:
     set_trainable(layer, False, False)
     for child in sublayers(layer):
         freeze(child)
+
+
+def asks_shapes_only() -> bool:
+    """Whether what is made now serves for its shape, and is made anew later.
+
+    So it is in a model that JAX builds within its first `fit`: variables get
+    their numbers afterwards.
+    """
+    return in_stateless_scope()

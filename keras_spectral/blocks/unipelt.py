@@ -16,10 +16,9 @@ from keras_spectral.blocks.bottleneck import Bottleneck
 from keras_spectral.blocks.gates import GATES
 from keras_spectral.blocks.gates import absolute
 from keras_spectral.blocks.gates import entropy
-from keras_spectral.blocks.parts import spread
+from keras_spectral.blocks.low_rank import LowRankPart
 from keras_spectral.blocks.prefix import Prefix
 from keras_spectral.layers.adapter import register_method
-from keras_spectral.layers.low_rank_pair import LowRankPair
 
 LOW_GATE = 0.05  # a part whose mean gate stays below is of no use
 
@@ -314,32 +313,6 @@ class UniPELTBlock(BlockAdapter):
         """Forgets what the gates were."""
         self.gate_sums.assign(ops.zeros(self.gate_sums.shape))
         self.gate_examples.assign(0.0)
-
-
-class LowRankPart:
-    """A LoRA pair on a projection of a block: `y + strength * x A B`."""
-
-    def __init__(self, adapter, name, part, rank, seed):
-        self.view = adapter.view.linear(part)
-        self.slot = adapter.view.slot(part)
-        self.pair = LowRankPair(adapter, self.view, rank, name=name, seed=seed)
-
-    def detours(self, strength) -> list[Detour]:
-        calls = []
-
-        def adapted(original, x):
-            outputs = original(x)
-            calls.append(x)
-            if len(calls) > 1:  # DeBERTa's position embeddings
-                return outputs
-            a, b = (ops.cast(w, x.dtype) for w in self.pair.factors())
-            delta = self.view.apply(x, a, b)
-            share = spread(strength(x), delta)
-            on = ops.not_equal(share, 0)
-            zero = ops.zeros((), delta.dtype)
-            return outputs + ops.where(on, delta * share, zero)
-
-        return [(self.slot, adapted)]
 
 
 def _seen_by(run):

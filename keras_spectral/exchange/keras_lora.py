@@ -9,13 +9,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_path
 from keras_spectral.exchange.pieces import within_rank
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import LoRADense
 from keras_spectral.model.contexts import unwrapped
+from keras_spectral.model.hosts import check_new_name
 from keras_spectral.model.hosts import names_in
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
@@ -64,12 +64,7 @@ def load_keras_lora(
     """
     check_model(model)
     check_path(path)
-    check_adapter_name(adapter)
-    if adapter in names_in(model):
-        raise ValueError(
-            f"Model '{model.name}' has an adapter '{adapter}' already. "
-            "Expected a new name (`adapter=`), or `delete_adapter` first."
-        )
+    check_new_name(model, adapter)
     rank, pairs = _read(path)
     numbered = _numbered(model)
     requests, values = [], []

@@ -5,7 +5,6 @@ import warnings
 
 import keras
 
-from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import check_model
 from keras_spectral.exchange.config import checked_config
 from keras_spectral.exchange.content import Content
@@ -13,7 +12,7 @@ from keras_spectral.exchange.folder import read_folder
 from keras_spectral.layers import METHODS
 from keras_spectral.layers.member import own_weights
 from keras_spectral.layers.trained_copy import NamedCopy
-from keras_spectral.model.hosts import names_in
+from keras_spectral.model.hosts import check_new_name
 from keras_spectral.model.placing import Request
 from keras_spectral.model.placing import wrap_places
 from keras_spectral.model.wrap import check_chosen
@@ -57,12 +56,7 @@ def load_peft(
     FileNotFoundError: There is no folder nowhere. ...
     """
     check_model(model)
-    check_adapter_name(adapter)
-    if adapter in names_in(model):
-        raise ValueError(
-            f"Model '{model.name}' has an adapter '{adapter}' already. "
-            "Expected a new name (`adapter=`), or `delete_adapter` first."
-        )
+    check_new_name(model, adapter)
     config, tensors = read_folder(folder)
     config = checked_config(config, folder)
     content = Content(model, config, tensors, folder)

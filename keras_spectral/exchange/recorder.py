@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._internal.converters import converter_of
 from keras_spectral.model.adapted import plain_class
 from keras_spectral.model.paths import subject
 
@@ -50,7 +51,7 @@ def recorded_sources(backbone: keras.Model) -> list[Source]:
         ValueError: It has no converter for the backbone's class, or one that
             asks for more than names.
     """
-    converter = _converter_of(backbone)
+    converter = converter_of(plain_class(backbone))
     loader = _Loader()
     name = converter.__name__.rpartition(".")[2]
     mirror, config = _mirrored(backbone), _Config(backbone)
@@ -69,39 +70,12 @@ def recorded_sources(backbone: keras.Model) -> list[Source]:
 def recorded_head(task: keras.Model) -> list[Source]:
     """The sources of a task's head, where KerasHub's converter knows them."""
     backbone = subject(task.backbone)
-    converter = _converter_of(backbone)
+    converter = converter_of(plain_class(backbone))
     if not hasattr(converter, "convert_head"):
         return []
     loader = _Loader()
     converter.convert_head(_mirrored(task), loader, _Config(backbone))
     return loader.sources
-
-
-def _converter_of(backbone):
-    """KerasHub's module that converts checkpoints of a backbone's class."""
-    try:
-        from keras_hub.src.utils.transformers import preset_loader
-    except ImportError as error:
-        raise ImportError(
-            "KerasHub knows the names that layers have in Hugging Face's "
-            'models. Expected it to be installed: `pip install "keras-hub"`.'
-        ) from error
-
-    kind = plain_class(backbone)
-    found = {
-        module.backbone_cls: module
-        for module in reversed(list(vars(preset_loader).values()))
-        if inspect.ismodule(module) and hasattr(module, "backbone_cls")
-    }
-    for base in kind.__mro__:
-        if base in found:
-            return found[base]
-    known = ", ".join(sorted(k.__name__ for k in found))
-    raise ValueError(
-        f"Received a {kind.__name__}. KerasHub has no converter from Hugging "
-        "Face for it, so the names of its layers there are not known. "
-        f"Expected a task or backbone of one of: {known}."
-    )
 
 
 class _Loader:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import keras
 from keras import ops
-from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_spectral._backend import is_training
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import derived_seed
+from keras_spectral._internal.layer_tools import asks_shapes_only
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels import view_class_of
@@ -135,7 +135,7 @@ class KernelAdapter(AdapterLayer, KernelHost):
 
         def initializer(function):
             def start(shape, dtype=None):
-                if in_stateless_scope():  # only shapes are asked for
+                if asks_shapes_only():
                     return ops.zeros(shape, dtype)
                 return ops.cast(function(*triplets()), dtype)
 

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
@@ -22,7 +21,7 @@ from keras_spectral.library.merge_options import PAIR_METHODS
 from keras_spectral.library.merge_options import check_options
 from keras_spectral.library.merging import combine_deltas
 from keras_spectral.library.merging import combine_pairs
-from keras_spectral.model.hosts import names_in
+from keras_spectral.model.hosts import check_new_name
 from keras_spectral.model.hosts import require_names
 from keras_spectral.model.paths import places
 from keras_spectral.model.placing import Request
@@ -156,11 +155,7 @@ def _checked(model, weights, name):
             "{'mrpc': 0.7, 'cola': 0.3}."
         )
     require_names(model, list(weights))
-    if check_adapter_name(name) in names_in(model):
-        raise ValueError(
-            f"Model '{model.name}' has an adapter '{name}' already. Expected "
-            "another name."
-        )
+    check_new_name(model, name)
     for key, weight in weights.items():
         check_number(weight, f"weight of {key!r}")
     return {key: float(weight) for key, weight in weights.items()}

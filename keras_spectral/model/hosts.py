@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import keras
 
+from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import did_you_mean
 from keras_spectral._internal.layer_tools import all_layers
 from keras_spectral._internal.layer_tools import own_variables
@@ -94,6 +95,16 @@ def require_names(model: keras.Model, names: Names) -> list[str]:
     """Names as a list, None being all; a ValueError if there is no such."""
     require_adapters(model)
     return chosen_names(model, names_in(model), names)
+
+
+def check_new_name(model: keras.Model, name: str) -> str:
+    """Raises unless a name is one that no adapter of the model has."""
+    if check_adapter_name(name) in names_in(model):
+        raise ValueError(
+            f"Model '{model.name}' has an adapter '{name}' already. Expected "
+            "another name, or `delete_adapter` first."
+        )
+    return name
 
 
 def chosen_names(

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral._internal.snapshot import insist
@@ -16,6 +15,7 @@ from keras_spectral.model import surgery
 from keras_spectral.model import training
 from keras_spectral.model.hosts import Names
 from keras_spectral.model.hosts import check_model
+from keras_spectral.model.hosts import check_new_name
 from keras_spectral.model.hosts import chosen_names
 from keras_spectral.model.hosts import keep_all
 from keras_spectral.model.hosts import members
@@ -166,11 +166,7 @@ def rename_adapter(model: keras.Model, old: str, new: str) -> keras.Model:
         ValueError: There is no adapter `old`, or there is one named `new`.
     """
     (old,) = require_names(model, [old])
-    if check_adapter_name(new) in names_in(model):
-        raise ValueError(
-            f"Model '{model.name}' has an adapter '{new}' already. Expected "
-            "another name."
-        )
+    check_new_name(model, new)
     for member in members(model):
         if member.adapter_name == old:
             surgery.rename_member(member, new)

@@ -278,7 +278,7 @@ class IVON(keras.optimizers.Optimizer):
         return ops.convert_to_numpy(state)
 
     def moments(self, variable: keras.Variable) -> tuple:
-        """`momentum` and `hessian` as tensors, also within a compiled step."""
+        """`posterior` as tensors, also within a compiled step."""
         index = self._get_variable_index(variable)
         mean, hessian = (
             ops.convert_to_tensor(state[index])

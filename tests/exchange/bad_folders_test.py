@@ -24,13 +24,14 @@ def folder(tmp_path):
     return write(tmp_path, lora(PATH, 8, 8), target_modules=[PATH])
 
 
-def refused(folder, match, error=ValueError, model=None):
+def assert_refused(folder, match, error=ValueError, model=None):
     """Checks that loading raises and changes nothing."""
     model = model or bert()
     before, trained = outputs(model), len(model.trainable_weights)
+    names = ks.adapter_names(model)
     with pytest.raises(error, match=match):
         ks.load_peft(model, folder)
-    assert ks.adapter_names(model) == []
+    assert ks.adapter_names(model) == names
     np.testing.assert_array_equal(outputs(model), before)
     assert len(model.trainable_weights) == trained
     return model
@@ -39,38 +40,51 @@ def refused(folder, match, error=ValueError, model=None):
 def test_after_an_error_a_good_folder_loads(folder, tmp_path):
     good = write(tmp_path / "good", lora(PATH, 8, 8), target_modules=[PATH])
     write(folder, lora(PATH, 6, 8), target_modules=[PATH])
-    ks.load_peft(refused(folder, "shape"), good)
+    model = assert_refused(folder, "shape")
+    plain = outputs(model)
+    ks.load_peft(model, good)
+    assert np.abs(outputs(model) - plain).max() > 1e-5
+
+
+def test_adapters_that_are_there_stay_as_they_were(folder):
+    model = ks.load_peft(bert(), folder, adapter="first")
+    ks.set_adapters(model, {"first": 0.5})
+    tensors = lora(PATH, 8, 8)
+    tensors[f"{PATH}.lora_B.weight"][0, 0] = np.nan
+    write(folder, tensors, target_modules=[PATH])
+    assert_refused(folder, "NaN or infinite", model=model)
 
 
 def test_no_folder(tmp_path):
-    refused(tmp_path / "none", "There is no folder", FileNotFoundError)
-    refused("someone/adapter", "snapshot_download", FileNotFoundError)
+    assert_refused(tmp_path / "none", "There is no folder", FileNotFoundError)
+    assert_refused("someone/adapter", "snapshot_download", FileNotFoundError)
 
 
 def test_no_config(folder):
     (folder / "adapter_config.json").unlink()
-    refused(folder, "There is no adapter_config.json", FileNotFoundError)
+    assert_refused(folder, "There is no adapter_config.json", FileNotFoundError)
 
 
 def test_no_tensors(folder):
     (folder / "adapter_model.safetensors").unlink()
-    refused(folder, "There is no adapter_model", FileNotFoundError)
+    assert_refused(folder, "There is no adapter_model", FileNotFoundError)
 
 
 def test_pickle_is_not_read(folder):
     class Bomb:
         def __reduce__(self):
-            return print, ("boom",)
+            return open, (str(folder / "boom"), "w")
 
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    refused(folder, "a pickle.*save_pretrained")
+    assert_refused(folder, "a pickle.*save_pretrained")
+    assert not (folder / "boom").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\xff"])
 def test_damaged_config(folder, text):
     (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
-    refused(folder, "adapter_config.json")
+    assert_refused(folder, "adapter_config.json")
 
 
 def test_truncated_tensors(folder):
@@ -78,7 +92,7 @@ def test_truncated_tensors(folder):
     content = path.read_bytes()
     for size in (0, 4, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        refused(folder, "not a readable safetensors")
+        assert_refused(folder, "not a readable safetensors")
 
 
 def test_other_kind_of_numbers(folder):
@@ -86,7 +100,7 @@ def test_other_kind_of_numbers(folder):
 
     tensors = {"base_model.model.x": np.ones(3, "int32")}
     save_file(tensors, folder / "adapter_model.safetensors")
-    refused(folder, "of type I32")
+    assert_refused(folder, "of type I32")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -94,31 +108,31 @@ def test_not_finite(tmp_path, value):
     tensors = lora(PATH, 8, 8)
     tensors[f"{PATH}.lora_A.weight"][0, 0] = value
     write(tmp_path, tensors, target_modules=[PATH])
-    refused(tmp_path, "NaN or infinite")
+    assert_refused(tmp_path, "NaN or infinite")
 
 
 def test_wrong_base(folder):
-    refused(folder, "unexpected tensors.*self_attn", model=llama())
+    assert_refused(folder, "unexpected tensors.*self_attn", model=llama())
     wide = bert(hidden_dim=12)
-    refused(folder, r"\(2, 8\).*rank 2 by 12 inputs", model=wide)
+    assert_refused(folder, r"\(2, 8\).*rank 2 by 12 inputs", model=wide)
     flat = bert(num_layers=1)
     path = PATH.replace("0", "1")
     write(folder, lora(path, 8, 8), target_modules=[path])
-    refused(folder, "unexpected tensors.*layer.1", model=flat)
+    assert_refused(folder, "unexpected tensors.*layer.1", model=flat)
 
 
 def test_missing_half(tmp_path):
     tensors = lora(PATH, 8, 8)
     del tensors[f"{PATH}.lora_B.weight"]
     write(tmp_path, tensors, target_modules=[PATH])
-    refused(tmp_path, "lora_B.weight' is missing")
+    assert_refused(tmp_path, "lora_B.weight' is missing")
 
 
 def test_missing_module(tmp_path):
     write(tmp_path, lora(PATH, 8, 8), target_modules=["query"])
-    refused(tmp_path, "lacks tensors for .*layer.1.attention.self.query")
+    assert_refused(tmp_path, "lacks tensors for .*layer.1.attention.self.query")
     write(tmp_path, {}, target_modules=["query"])
-    refused(tmp_path, "lacks tensors")
+    assert_refused(tmp_path, "lacks tensors")
 
 
 @pytest.mark.parametrize(
@@ -127,14 +141,14 @@ def test_missing_module(tmp_path):
 def test_unexpected_tensor(tmp_path, name):
     tensors = lora(PATH, 8, 8) | {name: np.ones((2, 8))}
     write(tmp_path, tensors, target_modules=[PATH])
-    refused(tmp_path, "unexpected tensors.*" + name)
+    assert_refused(tmp_path, "unexpected tensors.*" + name)
 
 
 def test_module_by_two_names(tmp_path):
     other = PATH.removeprefix("bert.")
     tensors = lora(PATH, 8, 8) | lora(other, 8, 8)
     write(tmp_path, tensors, target_modules=[PATH])
-    refused(tmp_path, "unexpected tensors.*self.query")
+    assert_refused(tmp_path, "unexpected tensors.*self.query")
 
 
 def test_layer_that_trains_as_a_copy(tmp_path):
@@ -148,7 +162,7 @@ def test_layer_that_trains_as_a_copy(tmp_path):
 
 def test_names_without_their_start(tmp_path):
     write(tmp_path, lora(PATH, 8, 8), "", target_modules=[PATH])
-    refused(tmp_path, "begin with 'base_model.model.'")
+    assert_refused(tmp_path, "begin with 'base_model.model.'")
 
 
 def test_another_number_of_classes(tmp_path):
@@ -157,29 +171,29 @@ def test_another_number_of_classes(tmp_path):
     write(tmp_path, tensors, **fields)
     tensors["classifier.bias"] = np.ones(5)
     write(tmp_path, tensors, **fields)
-    refused(tmp_path, r"\(5,.*another number of classes")
+    assert_refused(tmp_path, r"\(5,.*another number of classes")
     tensors["classifier.weight"] = np.ones((3, 8))
     del tensors["classifier.bias"]
     write(tmp_path, tensors, **fields)
-    refused(tmp_path, r"lacks the tensors \['classifier.bias'\]")
+    assert_refused(tmp_path, r"lacks the tensors \['classifier.bias'\]")
 
 
 @pytest.mark.parametrize("kind", ["VERA", "LOHA", "OFT", "XLORA", None, 3, []])
 def test_unknown_kind(folder, kind):
     write(folder, lora(PATH, 8, 8), peft_type=kind)
-    refused(folder, r"peft_type=.*Expected one of LORA")
+    assert_refused(folder, r"peft_type=.*Expected one of LORA")
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_pattern_that_matches_nothing(folder, field):
     fields = {"target_modules": [PATH], field: {"quary": 2}}
     write(folder, lora(PATH, 8, 8), **fields)
-    refused(folder, f"'quary' in its {field}, which matches none")
+    assert_refused(folder, f"'quary' in its {field}, which matches none")
 
 
 def test_rank_that_is_not_the_tensors(folder):
     write(folder, lora(PATH, 8, 8), target_modules=[PATH], r=4)
-    refused(folder, r"\(2, 8\).*rank 4 by 8")
+    assert_refused(folder, r"\(2, 8\).*rank 4 by 8")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +229,7 @@ def test_rank_that_is_not_the_tensors(folder):
 def test_field_that_is_refused(folder, field, value):
     write(folder, lora(PATH, 8, 8), **{"target_modules": [PATH], field: value})
     named = field if value not in ("(query", {"(": 2}) else "no regular"
-    refused(folder, named)
+    assert_refused(folder, named)
 
 
 def test_unknown_field_is_passed_over_with_a_note(folder):
@@ -232,17 +246,19 @@ def test_convolution_in_place_of_a_linear_layer(tmp_path):
         f"{PATH}.lora_B.weight": b,
     }
     write(tmp_path, tensors, target_modules=[PATH])
-    refused(tmp_path, r"\(2, 2, 2, 2\)")
+    assert_refused(tmp_path, r"\(2, 2, 2, 2\)")
 
 
 def test_prompt_of_another_size(tmp_path):
     fields = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
     write(tmp_path, {"prompt_embeddings": np.ones((3, 7))}, "", **fields)
-    refused(tmp_path, r"\(3, 7\).*keys and values", model=llama())
+    assert_refused(tmp_path, r"\(3, 7\).*keys and values", model=llama())
     write(tmp_path, {"prompt_embeddings": np.ones((2, 16))}, "", **fields)
-    refused(tmp_path, "3 rows, as num_virtual_tokens", model=llama())
+    assert_refused(tmp_path, "3 rows, as num_virtual_tokens", model=llama())
     write(tmp_path, lora(PATH, 8, 8), **fields)
-    refused(tmp_path, "lacks the tensor 'prompt_embeddings'", model=llama())
+    assert_refused(
+        tmp_path, "lacks the tensor 'prompt_embeddings'", model=llama()
+    )
 
 
 def test_name_that_is_taken(folder):
@@ -255,4 +271,5 @@ def test_paths_in_the_config_are_not_followed(folder, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "/nowhere/at/all"
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    ks.load_peft(bert(), folder)
+    model = ks.load_peft(bert(), folder)
+    assert ks.adapter_names(model) == ["default"]

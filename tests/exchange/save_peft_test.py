@@ -78,53 +78,24 @@ def test_peft_s_own_folder_comes_out_as_it_went_in(tmp_path, family, adapter):
         assert config["modules_to_save"] == ["classifier"]
 
 
+_TRIPS = [
+    (bert, "lora", {"target": "all-linear", "rank": 3}),
+    (bert, "lora", {"target": QKV, "rank": 3, "scaling": "rslora"}),
+    (bert, "lora", {"target": QKV, "rank": 2, "trainable": "biases"}),
+    (llama, "lora", {"target": "attention", "rank": 2, "alpha": 0.3}),
+    (llama, "dora", {"target": QKV, "rank": 2, "alpha": 7}),
+    (llama, "ia3", {"target": None}),
+    (gpt2, "lora", {"target": QKV, "rank": 2, "alpha": 3}),
+    (gpt2, "lora", {"target": "attention", "rank": 2, "alpha": 3}),
+    (gpt2, "lora", {"target": QKV, "rank": 4, "scaling": "rslora"}),
+]
+
+
 @pytest.mark.parametrize(
     "make, method, options",
     [
-        (bert, "lora", {"target": "all-linear", "rank": 3}),
-        pytest.param(
-            bert,
-            "lora",
-            {"target": QKV, "rank": 3, "scaling": "rslora"},
-            marks=pytest.mark.once,
-        ),
-        pytest.param(
-            bert,
-            "lora",
-            {"target": QKV, "rank": 2, "trainable": "biases"},
-            marks=pytest.mark.once,
-        ),
-        pytest.param(
-            llama,
-            "lora",
-            {"target": "attention", "rank": 2, "alpha": 0.3},
-            marks=pytest.mark.once,
-        ),
-        pytest.param(
-            llama,
-            "dora",
-            {"target": QKV, "rank": 2, "alpha": 7},
-            marks=pytest.mark.once,
-        ),
-        pytest.param(llama, "ia3", {"target": None}, marks=pytest.mark.once),
-        pytest.param(
-            gpt2,
-            "lora",
-            {"target": QKV, "rank": 2, "alpha": 3},
-            marks=pytest.mark.once,
-        ),
-        pytest.param(
-            gpt2,
-            "lora",
-            {"target": "attention", "rank": 2, "alpha": 3},
-            marks=pytest.mark.once,
-        ),
-        pytest.param(
-            gpt2,
-            "lora",
-            {"target": QKV, "rank": 4, "scaling": "rslora"},
-            marks=pytest.mark.once,
-        ),
+        _TRIPS[0],
+        *(pytest.param(*trip, marks=pytest.mark.once) for trip in _TRIPS[1:]),
     ],
 )
 def test_round_trip(tmp_path, make, method, options):
