@@ -51,7 +51,10 @@ def write_folder(
     tensors: dict[str, np.ndarray],
     card: str,
 ) -> None:
-    """Writes an adapter's files, all or none, into a folder that it makes."""
+    """Writes an adapter's files, all or none, into a folder that it makes.
+
+    A card that is there is somebody's own by now, and stays.
+    """
     home = pathlib.Path(folder)
     if not home.parent.is_dir():
         raise FileNotFoundError(
@@ -59,15 +62,19 @@ def write_folder(
             "first (`os.makedirs`)."
         )
     is_new = not home.exists()
+    written = [CONFIG, TENSORS]
+    if not (home / CARD).exists():
+        written.append(CARD)
     home.mkdir(exist_ok=True)
     try:
         with contextlib.ExitStack() as files:
             parts = {
                 name: files.enter_context(whole_file(home / name))
-                for name in (CARD, CONFIG, TENSORS)
+                for name in written
             }
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            pathlib.Path(parts[CARD]).write_text(card, "utf-8")
+            if CARD in parts:
+                pathlib.Path(parts[CARD]).write_text(card, "utf-8")
             pathlib.Path(parts[CONFIG]).write_text(text, "utf-8")
             # PEFT and transformers look for the format.
             metadata = {"format": "pt"}

@@ -40,10 +40,10 @@ def save_peft(
     """Writes an adapter as a folder that HF PEFT and vLLM load.
 
     The folder gets `adapter_model.safetensors`, `adapter_config.json` and a
-    model card, `README.md`; other files in it stay. LoRA, ConvLoRA, DoRA and
-    IA3 are written as they are, whatever has a low rank (spectral additive
-    and rotate, gated, DyLoRA, AdaLoRA, PiSSA) as the LoRA that it is, without
-    ranks that do nothing. Trained heads go with it.
+    model card, `README.md`, if it has none; other files in it stay. LoRA,
+    ConvLoRA, DoRA and IA3 are written as they are, whatever has a low rank
+    (spectral additive and rotate, gated, DyLoRA, AdaLoRA, PiSSA) as the LoRA
+    that it is, without ranks that do nothing. Trained heads go with it.
 
     The names in it are those of the task's class in transformers: of
     `LlamaForCausalLM` for a `Llama3CausalLM`, of the bare model for a

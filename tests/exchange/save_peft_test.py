@@ -365,3 +365,12 @@ def test_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         ks.save_peft(model, tmp_path / "a" / "b")
     assert inputs(model).keys() == {"token_ids", "padding_mask", "segment_ids"}
+
+
+def test_a_card_of_ones_own_stays(tmp_path):
+    model = trained(bert(), "lora", QKV, rank=2)
+    (tmp_path / "README.md").write_text("Mine.")
+    ks.save_peft(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "Mine."
+    back = ks.load_peft(bert(), tmp_path)
+    assert distance(outputs(back), outputs(model)) < 1e-5
