@@ -61,6 +61,17 @@ def is_off(strength: keras.Variable) -> bool:
     return strength._known[1]
 
 
+def assign_number(variable: keras.Variable, number: float) -> None:
+    """Assigns a number to a scalar variable, three times faster than Keras.
+
+    Hundreds of strengths change when adapters are switched.
+    """
+    if keras.backend.backend() == "tensorflow":
+        variable.value.assign(number, read_value=False)
+    else:
+        variable.assign(number)
+
+
 def multiply_add(outputs, codes, b):
     """`outputs + codes b` for a matrix b in one pass; None off PyTorch.
 

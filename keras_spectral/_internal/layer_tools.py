@@ -29,7 +29,8 @@ def set_trainable(
 
     A weight that was created as non-trainable stays so.
     """
-    layer._trainable = flag
+    if layer._trainable != flag:  # Keras is slow to set an attribute
+        layer._trainable = flag
     own = layer._trainable_variables
     if isinstance(weights, bool):
         weights = [weights] * len(own)

@@ -8,7 +8,6 @@ from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import check_whole
 from keras_spectral._internal.layer_tools import all_layers
-from keras_spectral._internal.layer_tools import freeze
 from keras_spectral._internal.layer_tools import take_signature
 from keras_spectral._internal.twin import rerouted_layer
 from keras_spectral.layers.adapter import AdapterLayer
@@ -53,9 +52,6 @@ class PromptHost(Host):
             return keras.KerasTensor(shape, x.dtype)
 
         return keras.tree.map_structure(longer, spec)
-
-    def freeze_base(self):
-        freeze(self.layer)
 
 
 @register_method("soft_prompt")

@@ -4,7 +4,6 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
-from keras_spectral._internal.layer_tools import freeze
 from keras_spectral._internal.layer_tools import take_signature
 from keras_spectral._internal.twin import rerouted
 from keras_spectral.blocks.kinds import BlockView
@@ -82,10 +81,6 @@ class BlockHost(Host):
         for member, run in runs:
             outputs = member.end(outputs, run)
         return outputs
-
-    def freeze_base(self):
-        """Keeps the block's weights from training, adapters inside excepted."""
-        freeze(self.layer)
 
 
 class BlockAdapter(AdapterLayer, BlockHost):

@@ -4,6 +4,8 @@ import functools
 
 import keras
 
+from keras_spectral._internal.layer_tools import freeze
+
 
 class Host(keras.layers.Wrapper):
     """Stands in a layer's place; the layer inside (the base) stays whole.
@@ -57,8 +59,8 @@ class Host(keras.layers.Wrapper):
         self._base_trainable = other._base_trainable
 
     def freeze_base(self):
-        """Keeps the base's weights from training."""
-        self.layer.trainable = False
+        """Keeps the base from training, hosts inside of it excepted."""
+        freeze(self.layer)
 
     @property
     def trainable(self):

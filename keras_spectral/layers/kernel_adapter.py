@@ -154,11 +154,11 @@ class KernelAdapter(AdapterLayer, KernelHost):
             mask: Boolean (batch, tokens) or None.
             **kwargs: Further arguments of the call.
         """
-        if hasattr(self, "factors"):
-            return self._thin_added(total, inputs, training, **kwargs)
         if self.forms_kernel:
             kernel = self.amount_of(self.kernel_change())
             change = self.view.linear(inputs, kernel)
+        elif hasattr(self, "factors"):
+            return self._thin_added(total, inputs, training, **kwargs)
         else:
             change = self.weighed(
                 self.change(inputs, outputs, training=training, **kwargs)
@@ -166,12 +166,23 @@ class KernelAdapter(AdapterLayer, KernelHost):
         return total + self.in_rows(ops.cast(change, total.dtype))
 
     def _thin_added(self, total, inputs, training, **kwargs):
-        a, b = self.scaled(*self.factors_of_step(training))
+        pair = self.pair_of_step(training)
         inputs = self.dropped(inputs, training)
         if self.batch_rows is None:
-            return self.view.add(total, inputs, a, b, **kwargs)
-        change = self.view.apply(inputs, a, b, **kwargs)
+            return self.view.add(total, inputs, *pair, **kwargs)
+        change = self.view.apply(inputs, *pair, **kwargs)
         return total + self.in_rows(ops.cast(change, total.dtype))
+
+    def can_join(self, training) -> bool:
+        """Whether its thin pair can run as one with those of others."""
+        if self.forms_kernel or not hasattr(self, "factors"):
+            return False
+        dropped = self.dropout and is_training(training)
+        return self.batch_rows is None and not dropped
+
+    def pair_of_step(self, training):
+        """The pair that a call uses, in its dtype, strength included."""
+        return self.scaled(*self.factors_of_step(training))
 
     def dropped(self, inputs, training):
         """The inputs that a thin pair sees."""

@@ -33,8 +33,12 @@ class KernelHost(Host):
         outputs = plain = self._base(formed)(changed, **kwargs)
         if (before or formed) and any(m.needs_outputs for m in members):
             plain = self._base()(inputs, **kwargs)
+        thin = [m for m in members if m.can_join(training)]
+        if thin:
+            pair = joined(m.pair_of_step(training) for m in thin)
+            outputs = self.view.add(outputs, inputs, *pair, **kwargs)
         for member in members:
-            if member not in before and member not in formed:
+            if member not in before + formed + thin:
                 outputs = member.added(
                     outputs, inputs, plain, training, mask, **kwargs
                 )
@@ -143,6 +147,19 @@ class KernelHost(Host):
             total = ops.cast(_total(self.members()), matrix.dtype)
             return view.kernel(matrix + total)
         return getattr(base, name)
+
+
+def joined(pairs):
+    """One pair whose product is the sum of the products of pairs.
+
+    What is off then costs a few columns of a product, and several that are on
+    no more than one. A branch in the graph (`ops.cond`) costs less in large
+    steps on a CPU, but more in small ones, and makes a GPU wait.
+    """
+    many_a, many_b = zip(*pairs)
+    if len(many_a) == 1:
+        return many_a[0], many_b[0]
+    return ops.concatenate(many_a, axis=1), ops.concatenate(many_b, axis=0)
 
 
 def _total(members):

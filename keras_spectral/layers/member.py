@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._backend import assign_number
 from keras_spectral._backend import is_off
 from keras_spectral._internal.checks import check_adapter_name
 
@@ -46,7 +47,7 @@ class Member:
 
     def set_strength(self, strength: float) -> None:
         """Sets how much of the change is there."""
-        self.adapter_strength.assign(strength)
+        assign_number(self.adapter_strength, strength)
         self.set_to = float(strength)
 
     @property

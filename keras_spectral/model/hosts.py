@@ -156,10 +156,11 @@ def put(
     owners = surgery.owners(model)
     above = surgery.models_above(owners, swaps)
     configs = {x: config_before(x) for x in above}
-    surgery.replace_layers(owners, swaps, snapshot, renew)
-    set_classes(configs)
-    surgery.forget_compiled(above)
-    training.forget_sets(above)
+    keeping = training.moved_members if renew else contextlib.nullcontext
+    with keeping(above):
+        surgery.replace_layers(owners, swaps, snapshot, renew)
+        set_classes(configs)
+        training.forget_compiled(above)
     surgery.remember(model)
     # Out for a moment, hosts are still those of their bases.
     for old in swaps if renew else ():

@@ -138,8 +138,7 @@ def set_strengths(
         member.set_strength(strength)
     if retraced:
         above = surgery.models_above(surgery.owners(model), retraced)
-        surgery.forget_compiled(above)
-        training.forget_sets(above)
+        training.forget_compiled(above)
 
 
 def delete_adapter(model: keras.Model, name: str) -> keras.Model:
@@ -213,8 +212,7 @@ def mixed_batch(
     above = surgery.models_above(owners, found)
     with all_or_nothing() as snapshot:
         keep_all(model, snapshot)
-        surgery.forget_compiled(above)
-        training.forget_sets(above)
+        training.forget_compiled(above)
         for member in found:
             chosen = [float(name == member.adapter_name) for name in names]
             member.batch_rows = np.asarray(chosen, "float32")
@@ -222,7 +220,7 @@ def mixed_batch(
         try:
             yield model
         finally:
-            surgery.forget_compiled(above)
+            training.forget_compiled(above)
             for member in found:
                 member.batch_rows = None
         snapshot.restore()

@@ -11,6 +11,7 @@ from keras_spectral._internal.layer_tools import set_trainable
 from keras_spectral._internal.layer_tools import sublayers
 from keras_spectral._internal.optimizers import renewed
 from keras_spectral.layers.host import Host
+from keras_spectral.layers.member import own_weights
 from keras_spectral.model import surgery
 from keras_spectral.model.paths import places
 
@@ -50,9 +51,17 @@ def set_flags(
             set_trainable(layer, is_active(layer), id(layer) in kept)
             continue
         for member in layer.members():
-            member.trainable = member.is_trained
+            _set_all(member, member.is_trained, layer.layer)
         vars(layer)["_trainable"] = is_active(layer)
         layer.freeze_base()
+
+
+def _set_all(layer, flag, base):
+    """Sets the flags of a layer and of all below, a base excepted."""
+    set_trainable(layer, flag, flag)
+    for child in sublayers(layer):
+        if child is not base:
+            _set_all(child, flag, base)
 
 
 @contextlib.contextmanager
@@ -76,10 +85,49 @@ def another_set(model: keras.Model, changed: Iterable) -> Iterator[None]:
             _switch(other, old, new)
 
 
-def forget_sets(models: Iterable[keras.Model]) -> None:
-    """Drops what models trained other sets of variables with."""
+def forget_compiled(models: Iterable[keras.Model]) -> None:
+    """Drops compiled functions, those of other sets of variables as well."""
+    surgery.forget_compiled(models)
     for model in models:
-        _SETS.pop(model, None)
+        kept = _SETS.get(model, {})
+        for key in kept.keys() - {"now"}:
+            optimizer, _ = kept[key]
+            kept[key] = optimizer, {}
+
+
+@contextlib.contextmanager
+def moved_members(models: Iterable[keras.Model]) -> Iterator[None]:
+    """Inside, members come and go; sets of those that stay are kept.
+
+    Args:
+        models: The models whose members change.
+    """
+    models = [x for x in models if isinstance(x, keras.Model)]
+    before = {x: (_key(x), getattr(x, "optimizer", None)) for x in models}
+    yield
+    for model, (old, optimizer) in before.items():
+        kept = _SETS.setdefault(model, {})
+        if kept.get("now") is not optimizer:
+            kept.clear()
+        if getattr(optimizer, "built", False):
+            kept[old] = optimizer, {}
+        alive = _weights_of_members(model)
+        for key in kept.keys() - {"now"}:
+            if not alive.issuperset(key):
+                del kept[key]
+        if _key(model) in kept:
+            surgery.set_training_state(model, *kept[_key(model)])
+        kept["now"] = getattr(model, "optimizer", None)
+
+
+def _weights_of_members(model):
+    return {
+        id(weight)
+        for place in places(model)
+        if isinstance(place.layer, Host)
+        for member in place.layer.members()
+        for weight in own_weights(member)
+    }
 
 
 def _key(model):

@@ -164,6 +164,33 @@ def test_two_tasks_trained_in_turn_equal_two_models():
         _same(_out(ks.set_adapters(model, name)), outputs, 1e-6)
 
 
+@pytest.mark.parametrize("end", ["delete", "unwrapped", "wrap"])
+def test_an_optimizer_of_a_set_survives_others_coming_and_going(end):
+    model = _add(_add(_model(), "a"), "b")
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    kept = {}
+    for name in ("a", "b"):
+        ks.set_adapters(model, name)
+        model.fit(X, Y, epochs=2, verbose=0)
+        kept[name] = model.optimizer
+    if end == "delete":
+        ks.delete_adapter(model, "b")
+        assert model.optimizer is not kept["b"]
+    elif end == "unwrapped":
+        with ks.unwrapped(model):
+            assert len(model.layers[0].weights) == 2
+    else:
+        _add(model, "c")
+        assert not model.optimizer.built
+    ks.set_adapters(model, "a")
+    assert model.optimizer is kept["a"]
+    before = [ops.convert_to_numpy(w) for w in model.trainable_weights]
+    model.fit(X, Y, verbose=0)
+    assert int(model.optimizer.iterations) == 3
+    for old, weight in zip(before, model.trainable_weights):
+        assert np.any(old != ops.convert_to_numpy(weight)), weight.path
+
+
 @pytest.mark.compiled
 def test_a_new_compile_ends_what_was_kept_for_a_set():
     model = _add(_add(_model(), "a"), "b")
