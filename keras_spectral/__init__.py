@@ -21,6 +21,7 @@ from keras_spectral.layers import IA3
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import BitFit
+from keras_spectral.layers import BOFTDense
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
 from keras_spectral.layers import DecayingLoRA
@@ -28,8 +29,12 @@ from keras_spectral.layers import DoRADense
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import KernelAdapter
+from keras_spectral.layers import LoHaDense
+from keras_spectral.layers import LoKrDense
 from keras_spectral.layers import LoRADense
+from keras_spectral.layers import OFTDense
 from keras_spectral.layers import SpectralDense
+from keras_spectral.layers import VeRADense
 from keras_spectral.library.combine import combine_adapters
 from keras_spectral.model.catalog import list_targets
 from keras_spectral.model.catalog import methods
@@ -63,6 +68,7 @@ __all__ = [
     "IA3",
     "AdaLoRADense",
     "AdapterLayer",
+    "BOFTDense",
     "BitFit",
     "BottleneckAdapter",
     "ConditionalSpectralDense",
@@ -72,12 +78,16 @@ __all__ = [
     "DyLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
+    "LoHaDense",
+    "LoKrDense",
     "LoRADense",
     "LowRank",
+    "OFTDense",
     "PrefixTuning",
     "SoftPrompt",
     "SpectralDense",
     "UniPELTBlock",
+    "VeRADense",
     "adapter_names",
     "adapter_summary",
     "adapters_alone",

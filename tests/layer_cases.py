@@ -176,6 +176,11 @@ def columns(layer):
     return kernel_view(layer).n_out
 
 
+def rows(layer):
+    """How many rows it has."""
+    return kernel_view(layer).n_in
+
+
 def named(*names):
     """The cases of these names."""
     return [case for case in ALL if case.name in names]

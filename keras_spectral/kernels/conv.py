@@ -87,6 +87,23 @@ class ConvView(KernelView):
         eye = ops.eye(groups, dtype=blocks.dtype)
         return ops.einsum("gnho,gh->gno", blocks, eye)
 
+    @property
+    def channels(self):
+        return self.groups * self._row_shape[-1]
+
+    def by_channel(self, matrix):
+        return self._with_axis(matrix, self._row_shape, -2, 1)
+
+    def by_offset(self, matrix):
+        *sides, channels = self._row_shape
+        return self._with_axis(matrix, (channels, *sides), 1, -2)
+
+    def _with_axis(self, matrix, row_shape, old, new):
+        """A matrix whose rows have shapes, one axis of them elsewhere."""
+        matrix = ops.reshape(matrix, (self.groups, *row_shape, -1))
+        matrix = ops.moveaxis(matrix, old, new)
+        return ops.reshape(matrix, (self.n_in, -1))
+
     def _side_to_try(self):
         layer = self.layer
         sides = zip(layer.kernel_size, layer.dilation_rate, layer.strides)
@@ -266,7 +283,7 @@ class ConvTransposeView(ConvView):
 
     def _sizes(self):
         shape = self.layer.kernel.shape
-        self.groups = 1
+        self.groups, self._row_shape = 1, (shape[-1],)
         return shape[-1], math.prod(shape[:-1])
 
     def to_matrix(self, kernel):

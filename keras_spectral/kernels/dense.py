@@ -11,6 +11,8 @@ from keras_spectral.kernels.view import KernelView
 
 
 class DenseView(KernelView):
+    pointwise = True
+
     def add(self, outputs, inputs, a, b, **kwargs):
         codes = self.down(inputs, a)
         total = multiply_add(outputs, codes, b)
@@ -71,6 +73,32 @@ class EinsumDenseView(KernelView):
     def spread_inputs(self, row, inputs):
         source, _, rows, _ = self._letters
         return ops.cast(self._along(source, row, rows), inputs.dtype)
+
+    @property
+    def pointwise(self):
+        source, target, rows, _ = self._letters
+        kept = set(source) - set(rows)
+        return kept <= set(target) and not set(rows) & set(target)
+
+    def flat(self, inputs):
+        source, _, rows, _ = self._letters
+        rows_last = [*_without(source, rows), *rows]
+        inputs = ops.transpose(inputs, [source.index(c) for c in rows_last])
+        kept = ops.shape(inputs)[: len(source) - len(rows)]
+        return ops.reshape(inputs, (*kept, self.n_in))
+
+    def unflat(self, rows, inputs):
+        source, _, letters, _ = self._letters
+        rows = ops.reshape(rows, (*ops.shape(rows)[:-1], *self._in_shape))
+        rows_last = [*_without(source, letters), *letters]
+        return ops.transpose(rows, [rows_last.index(c) for c in source])
+
+    def shaped(self, columns):
+        source, target, rows, letters = self._letters
+        shape = (*ops.shape(columns)[:-1], *self._out_shape)
+        found = [*_without(source, rows), *letters]
+        columns = ops.reshape(columns, shape)
+        return ops.transpose(columns, [found.index(c) for c in target])
 
     def _along(self, term, numbers, letters):
         """Numbers with an axis for each of some letters, as in a term."""
@@ -178,6 +206,10 @@ class EinsumDenseView(KernelView):
         answer = ops.sum(answer, axis=summed) if summed else answer
         order = [kept.index(c) for c in self._probe_letter() + columns]
         return super()._probed_rows(ops.transpose(answer, order), count)
+
+
+def _without(letters, others):
+    return [c for c in letters if c not in others]
 
 
 def _split_equation(layer):

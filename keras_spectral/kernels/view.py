@@ -27,18 +27,26 @@ class KernelView:
             layer's outputs, so that a factor of the one is a factor of the
             other.
         rows_are_inputs: Whether each row of `K` takes one of its inputs.
+        pointwise: Whether the layer is `flat(inputs) K`, row by row, so that
+            a matrix can be applied to its inputs in place of `K`.
     """
 
     kernel_name = "kernel"
     groups = 1
     columns_are_outputs = True
     rows_are_inputs = True
+    pointwise = False
 
     def __init__(self, layer):
         self.layer = layer
         self.n_in, self.n_out = self._sizes()
         self.max_rank = min(self.n_in, self.n_out)
         self.fan_in = self.n_in
+
+    @property
+    def channels(self) -> int:
+        """How many channels the layer's input has; n_in if rows are inputs."""
+        return self.n_in
 
     @property
     def quantized(self) -> bool:
@@ -56,10 +64,12 @@ class KernelView:
 
     def linear(self, inputs, kernel):
         """The layer's outputs with another kernel and without a bias."""
-        kernel = ops.cast(kernel, self.layer.compute_dtype)
+        dtype = self.layer.compute_dtype
         changes = {"bias": None, "use_bias": False}
-        layer = twin(self.bare(), **changes, **self._kernel_as(kernel))
-        return layer(inputs)
+        if self.quantized:
+            changes["_dtype_policy"] = keras.DTypePolicy(dtype)
+        kernel = self._kernel_as(ops.cast(kernel, dtype))
+        return twin(self.bare(), **changes, **kernel)(inputs)
 
     def _kernel_as(self, value):
         """The attributes that hold the kernel, with another value."""
@@ -157,6 +167,26 @@ class KernelView:
     def spread_inputs(self, row, inputs):
         """n_in numbers, one a row, in a shape to multiply inputs."""
         return ops.cast(row, inputs.dtype)
+
+    def flat(self, inputs):
+        """Inputs as rows (..., n_in), for layers that are `pointwise`."""
+        return inputs
+
+    def unflat(self, rows, inputs):
+        """Rows (..., n_in) in the shape of inputs: the way back."""
+        return rows
+
+    def shaped(self, columns):
+        """What rows times a matrix are (..., n_out), in the output's shape."""
+        return columns
+
+    def by_channel(self, matrix):
+        """A matrix's rows, those of one input channel side by side."""
+        return matrix
+
+    def by_offset(self, matrix):
+        """Rows that stand `by_channel` in the order of `K`."""
+        return matrix
 
     def scaled_bias(self, row):
         """The bias times n_out numbers, in its own shape; None without one.

@@ -4,6 +4,7 @@ from keras_spectral.layers.adalora import AdaLoRADense
 from keras_spectral.layers.adapter import METHODS
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.bitfit import BitFit
+from keras_spectral.layers.boft import BOFTDense
 from keras_spectral.layers.conditional_spectral import ConditionalSpectralDense
 from keras_spectral.layers.conv_lora import ConvLoRA
 from keras_spectral.layers.decaying_lora import DecayingLoRA
@@ -12,14 +13,19 @@ from keras_spectral.layers.dylora import DyLoRADense
 from keras_spectral.layers.gated_spectral import GatedSpectralDense
 from keras_spectral.layers.ia3 import IA3
 from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.loha import LoHaDense
+from keras_spectral.layers.lokr import LoKrDense
 from keras_spectral.layers.lora import LoRADense
+from keras_spectral.layers.oft import OFTDense
 from keras_spectral.layers.spectral import SpectralDense
+from keras_spectral.layers.vera import VeRADense
 
 __all__ = [
-    "METHODS",
     "IA3",
+    "METHODS",
     "AdaLoRADense",
     "AdapterLayer",
+    "BOFTDense",
     "BitFit",
     "ConditionalSpectralDense",
     "ConvLoRA",
@@ -28,6 +34,10 @@ __all__ = [
     "DyLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
+    "LoHaDense",
+    "LoKrDense",
     "LoRADense",
+    "OFTDense",
     "SpectralDense",
+    "VeRADense",
 ]

@@ -83,6 +83,7 @@ class AdapterLayer(Member, Host):
         super().build(input_shape)
         try:
             self.view = self.view_of(self.layer)
+            self.check_view()
             self.scale = self.add_weight(
                 name="scale",
                 shape=(),
@@ -107,6 +108,9 @@ class AdapterLayer(Member, Host):
     def view_of(cls, layer):
         """How the adapter sees its base."""
         raise NotImplementedError
+
+    def check_view(self):
+        """Raises a ValueError unless the method can use `self.view`."""
 
     def add_weight(self, *args, **kwargs):
         """Adapter weights are float32 and stay so in `call`."""

@@ -10,16 +10,16 @@ from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import derived_seed
-from keras_spectral._internal.layer_tools import config_of_shared
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.gate_network import GateNetwork
 from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.sharing import Sharing
 from keras_spectral.layers.spectral import add_triplets
 from keras_spectral.layers.spectral import check_columns_exist
 
 
 @register_method("conditional_spectral")
-class ConditionalSpectralDense(KernelAdapter):
+class ConditionalSpectralDense(Sharing, KernelAdapter):
     """Spectral gates that open or close for each example.
 
     `y = base(x) + alpha * x U diag(S g) V^T` with the kernel's first r
@@ -83,6 +83,9 @@ class ConditionalSpectralDense(KernelAdapter):
 
     default_target = "all-linear"
     trains = "a shared net that gates directions by the input"
+    shared_argument = "network"
+    shared_kind = GateNetwork
+    shared_sizes = ("rank", "hidden", "embedding")
     one_direction = True
     merges = False  # each example has a kernel of its own
 
@@ -107,44 +110,27 @@ class ConditionalSpectralDense(KernelAdapter):
             ("embedding", embedding),
         ):
             setattr(self, name, check_rank(value, name))
-        if isinstance(network, dict):
-            network = keras.saving.deserialize_keras_object(network)
-        if network is not None:
-            check_network(self, network)
         self.alpha = check_alpha(alpha)
         self.context = check_choice(context, "context", ("first", "mean"))
         self.temperature = check_number(temperature, "temperature", 1e-6)
         self.l0 = check_number(l0, "l0", 0)
-        self.network = network
         self.seed = check_seed(seed)
+        self.set_shared(network)
         self.seed_generator = keras.random.SeedGenerator(
             derived_seed(seed, "noise")
         )
 
     @classmethod
-    def connect(cls, adapters):
-        lonely = [a for a in adapters if a.network is None]
-        given = [a.network for a in adapters if a.network is not None]
-        if not lonely:
-            return
-        network = given[0] if given else lonely[0].make_network()
-        for adapter in lonely:
-            check_network(adapter, network)
-            adapter.network = network
-
-    def make_network(self):
+    def make_shared(cls, adapters):
+        first = adapters[0]
         return GateNetwork(
-            self.rank,
-            self.hidden,
-            self.embedding,
-            self.seed,
+            first.rank,
+            first.hidden,
+            first.embedding,
+            first.seed,
             name="gate_network",
             dtype="float32",
         )
-
-    @property
-    def shared(self):
-        return self.network
 
     def triplets_needed(self, view):
         check_columns_exist(self, view, range(self.rank))
@@ -152,10 +138,7 @@ class ConditionalSpectralDense(KernelAdapter):
 
     def build_adapter(self):
         add_triplets(self, range(self.triplets_needed(self.view)))
-        if self.network is None:
-            self.network = self.make_network()
-        if not self.network.built:
-            self.network.build()
+        self.build_shared()
         self.layer_embedding = self.add_weight(
             name="layer_embedding",
             shape=(self.embedding,),
@@ -267,28 +250,3 @@ class ConditionalSpectralDense(KernelAdapter):
         """The mean change over the examples seen since `reset_gates`."""
         strength = self.s * self.mean_gates() * self.scale
         return ops.matmul(self.u * strength, ops.transpose(self.v))
-
-    @classmethod
-    def option_names(cls):
-        return [name for name in super().option_names() if name != "network"]
-
-    def get_config(self):
-        network = config_of_shared(self.network)
-        return {**super().get_config(), "network": network}
-
-
-def check_network(adapter, network):
-    """Raises unless the adapter can use a hypernetwork."""
-    if not isinstance(network, GateNetwork):
-        raise ValueError(
-            f"Received network={network!r} for layer '{adapter.name}'. "
-            "Expected a GateNetwork, or None."
-        )
-    names = ("rank", "hidden", "embedding")
-    wanted = {name: getattr(adapter, name) for name in names}
-    sizes = {name: getattr(network, name) for name in names}
-    if wanted != sizes:
-        raise ValueError(
-            f"Layer '{adapter.name}' has {wanted}, the hypernetwork that it "
-            f"shares {sizes}. Expected the same for all layers that share one."
-        )

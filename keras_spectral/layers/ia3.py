@@ -89,13 +89,6 @@ class IA3(KernelAdapter):
 
     def build_adapter(self):
         view = self.view
-        if self.changes_inputs and not view.rows_are_inputs:
-            raise ValueError(
-                f"Received side='input' for layer '{self.name}' "
-                f"({type(self.layer).__name__}), whose kernel has "
-                f"{view.n_in} rows that are not its inputs. Expected "
-                "side='output'."
-            )
         size = view.n_in if self.changes_inputs else view.n_out
         self.gains = self.add_weight(
             name="gains", shape=(size,), initializer="ones"

@@ -90,6 +90,21 @@ class KernelAdapter(AdapterLayer, KernelHost):
     def view_of(cls, layer):
         return kernel_view(layer)
 
+    def check_view(self):
+        if self.forms_kernel and self.view.kernel_name is None:
+            raise ValueError(
+                f"Layer '{self.name}' is a {type(self.layer).__name__}, whose "
+                f"kernel is a product of two. {type(self).__name__} expects a "
+                "layer with a kernel of its own."
+            )
+        if self.changes_inputs and not self.view.rows_are_inputs:
+            raise ValueError(
+                f"Layer '{self.name}' is a {type(self.layer).__name__}, whose "
+                f"kernel has {self.view.n_in} rows that are not its inputs. "
+                f"This {type(self).__name__} changes inputs: expected a layer "
+                "whose rows are."
+            )
+
     def set_dropout(self, dropout: float, seed: int | None):
         """Keeps `seed` and the share of inputs that a thin pair drops."""
         dropout = check_number(dropout, "dropout", 0, 1)

@@ -21,10 +21,11 @@ class KernelHost(Host):
         members = [m for m in self.members() if not m.left_out(training)]
         before = [m for m in members if m.changes_inputs]
         # One run with a changed kernel, unless it has to see other inputs.
+        whole = not before and not getattr(self.view, "quantized", False)
         formed = [
             m
             for m in members
-            if m.forms_kernel and not before and m.batch_rows is None
+            if m.forms_kernel and whole and m.batch_rows is None
         ]
         changed = inputs
         for member in before:

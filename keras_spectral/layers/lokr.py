@@ -1,0 +1,154 @@
+"""LoKr: a Kronecker product of two small matrices."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_spectral._internal.checks import check_flag
+from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.checks import derived_seed
+from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.low_rank_pair import LowRankAdapter
+
+
+@register_method("lokr")
+class LoKrDense(LowRankAdapter):
+    """Low-rank Kronecker product: `K' = K + s * kron(W1, W2)`.
+
+    The kernel's n_in = i1 i2 rows and n_out = o1 o2 columns are split in two
+    factors each: W1 is i1 x o1, W2 is i2 x o2. The larger one, W2, is a pair
+    of `rank` where that is smaller (rank < max(i2, o2) / 2), W1 likewise
+    with `decompose_both`. W1, or its second factor, starts at zero, so the
+    adapted layer starts as the base; all else is uniform in +-sqrt(1/size).
+    `s = alpha / rank`. In a convolution the input's channels are split, and
+    W2 has the offsets.
+
+    On Dense and EinsumDense it runs as two small products, of inputs seen as
+    (.., i1, i2). Elsewhere each step builds the changed kernel, which costs
+    the gradient of a whole kernel.
+
+    Use it where LoRA of rank 1 is still too large: the change has the rank of
+    W1 times that of W2.
+
+    Source: Yeh et al. 2023, arXiv 2309.14859, section 3 (LyCORIS).
+
+    Args:
+        layer: The base: any layer with a kernel of its own that runs in one
+            direction.
+        rank: Rank of the pairs, at least 1.
+        alpha: Strength of the update, not 0. Defaults to `rank`, so `s = 1`.
+        factor: i1 and o1, where it divides; -1 for the two factors that are
+            nearest to each other.
+        decompose_both: Whether W1 is a pair as well.
+        seed: Integer seed of the starts.
+        **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
+
+    Call arguments:
+        inputs: What the base takes.
+
+    Input shape: the base's. Output shape: the base's.
+
+    Raises:
+        ValueError: A bad option; a base that no view covers, a LowRank pair
+            of convolutions or a ReversibleEmbedding.
+
+    Example:
+
+    >>> layer = LoKrDense(keras.layers.Dense(64), rank=2)
+    >>> outputs = layer(keras.ops.ones((2, 32)))
+    >>> [tuple(w.shape) for w in layer.trainable_weights]
+    [(4, 8), (8, 2), (2, 8)]
+    """
+
+    trains = "the small factors of a Kronecker product"
+    one_direction = True
+
+    def __init__(
+        self,
+        layer,
+        rank=8,
+        alpha=None,
+        factor=-1,
+        decompose_both=False,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        self.set_rank(rank, alpha)
+        self.factor = factor if factor == -1 else check_rank(factor, "factor")
+        self.decompose_both = check_flag(decompose_both, "decompose_both")
+        self.seed = check_seed(seed)
+
+    @property
+    def forms_kernel(self):
+        return not self.view.pointwise
+
+    def build_adapter(self):
+        offsets = self.view.n_in // self.view.channels
+        i1, i2 = split(self.view.channels, self.factor)
+        o1, o2 = split(self.view.n_out, self.factor)
+        self._add("w1", i1, o1, self.decompose_both, True)
+        self._add("w2", i2, o2, True, False, offsets)
+
+    def _add(self, name, rows, columns, may_be_pair, zero, offsets=1):
+        """Creates W1 or W2, whole or as a pair."""
+        is_pair = may_be_pair and self.rank < max(rows, columns) / 2
+        rows *= offsets
+        parts = {name: (rows, columns)}
+        if is_pair:
+            parts = {f"{name}_a": (rows, self.rank)}
+            parts[f"{name}_b"] = (self.rank, columns)
+        *_, last = parts
+        for own, shape in parts.items():
+            bound = math.sqrt(1 / shape[0])
+            start = keras.initializers.RandomUniform(
+                -bound, bound, derived_seed(self.seed, own)
+            )
+            weight = self.add_weight(
+                name=own,
+                shape=shape,
+                initializer="zeros" if zero and own == last else start,
+            )
+            setattr(self, own, weight)
+
+    def _matrix(self, name):
+        if name in vars(self):
+            return ops.convert_to_tensor(getattr(self, name))
+        return ops.matmul(
+            getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
+        )
+
+    def change(self, inputs, outputs, training=None, **kwargs):
+        w1, w2 = self._matrix("w1"), self._matrix("w2") * self.scale
+        w1, w2 = (ops.cast(w, self.compute_dtype) for w in (w1, w2))
+        rows = self.view.flat(inputs)
+        before = ops.shape(rows)[:-1]
+        rows = ops.reshape(rows, (*before, w1.shape[0], w2.shape[0]))
+        columns = ops.einsum("...io,ik->...ko", ops.matmul(rows, w2), w1)
+        columns = ops.reshape(columns, (*before, self.view.n_out))
+        return self.view.shaped(columns)
+
+    def delta_matrix(self):
+        matrix = ops.kron(self._matrix("w1"), self._matrix("w2"))
+        return self.view.by_offset(matrix * self.scale)
+
+    def kernel_change(self):
+        return self.view.from_matrix(self.delta_matrix())
+
+
+def split(size: int, factor: int) -> tuple[int, int]:
+    """Two factors of a size.
+
+    Args:
+        size: What is split.
+        factor: The first of the two if it divides the size. Else, as with
+            -1, they are as near to each other as they can be, the smaller one
+            first and not above `factor`.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
+    small = max(n for n in range(1, limit + 1) if size % n == 0)
+    return small, size // small

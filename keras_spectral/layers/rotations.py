@@ -1,0 +1,56 @@
+"""Rotations from trained numbers, as OFT and BOFT use them."""
+
+import numpy as np
+from keras import ops
+
+
+def skew(numbers):
+    """Skew matrices (.., b, b) from their strict upper triangles, by row.
+
+    Args:
+        numbers: Tensor (.., b (b - 1) / 2).
+    """
+    count = numbers.shape[-1]
+    size = int((1 + np.sqrt(1 + 8 * count)) / 2)
+    rows, columns = np.triu_indices(size, 1)
+    places = np.zeros((size, size), "int32")
+    places[rows, columns] = places[columns, rows] = np.arange(count)
+    signs = np.triu(np.ones((size, size), "float32"), 1)
+    found = ops.take(numbers, places.ravel(), axis=-1)
+    found = ops.reshape(found, (*numbers.shape[:-1], size, size))
+    return found * ops.convert_to_tensor(signs - signs.T)
+
+
+def cayley(q):
+    """The rotations `(I - Q) (I + Q)^-1` of skew matrices (.., b, b)."""
+    eye = ops.eye(q.shape[-1], dtype=q.dtype)
+    return ops.matmul(eye - q, ops.linalg.inv(eye + q))
+
+
+def cayley_series(q, terms):
+    """Nearly the rotations `(I + Q) (I - Q)^-1`, the other direction.
+
+    `I + 2 Q + 2 Q^2 + .. + Q^(terms - 1)`, the last power once.
+    """
+    power, total = q, ops.eye(q.shape[-1], dtype=q.dtype)
+    for number in range(1, terms):
+        total = total + (power if number == terms - 1 else 2 * power)
+        power = ops.matmul(power, q)
+    return total
+
+
+def rotated(rows, blocks):
+    """Rows (.., n) times a block-diagonal matrix.
+
+    Args:
+        rows: Tensor (.., n).
+        blocks: Tensor (n / b, b, b), or (1, b, b) for one that all share.
+    """
+    size = blocks.shape[-1]
+    shape = ops.shape(rows)
+    cut = ops.reshape(rows, (*shape[:-1], -1, size))
+    if blocks.shape[0] == 1:
+        turned = ops.matmul(cut, blocks[0])
+    else:
+        turned = ops.einsum("...ni,nij->...nj", cut, blocks)
+    return ops.reshape(turned, shape)
