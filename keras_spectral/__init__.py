@@ -5,6 +5,7 @@ from keras_spectral import callbacks
 from keras_spectral import optimizers
 from keras_spectral import plots
 from keras_spectral.backbones import SoftPrompt
+from keras_spectral.blocks import RED
 from keras_spectral.blocks import BottleneckAdapter
 from keras_spectral.blocks import PrefixTuning
 from keras_spectral.blocks import UniPELTBlock
@@ -18,6 +19,7 @@ from keras_spectral.exchange import load_keras_lora
 from keras_spectral.exchange import load_peft
 from keras_spectral.exchange import save_peft
 from keras_spectral.layers import IA3
+from keras_spectral.layers import SSF
 from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import BitFit
@@ -29,11 +31,15 @@ from keras_spectral.layers import DoRADense
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import KernelAdapter
+from keras_spectral.layers import LiDBDense
 from keras_spectral.layers import LoHaDense
 from keras_spectral.layers import LoKrDense
 from keras_spectral.layers import LoRADense
+from keras_spectral.layers import LoRAFADense
 from keras_spectral.layers import OFTDense
+from keras_spectral.layers import OrthogonalAdaptation
 from keras_spectral.layers import SpectralDense
+from keras_spectral.layers import TunedNorm
 from keras_spectral.layers import VeRADense
 from keras_spectral.library.combine import combine_adapters
 from keras_spectral.model.catalog import list_targets
@@ -66,6 +72,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IA3",
+    "RED",
+    "SSF",
     "AdaLoRADense",
     "AdapterLayer",
     "BOFTDense",
@@ -78,14 +86,18 @@ __all__ = [
     "DyLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
+    "LiDBDense",
     "LoHaDense",
     "LoKrDense",
     "LoRADense",
+    "LoRAFADense",
     "LowRank",
     "OFTDense",
+    "OrthogonalAdaptation",
     "PrefixTuning",
     "SoftPrompt",
     "SpectralDense",
+    "TunedNorm",
     "UniPELTBlock",
     "VeRADense",
     "adapter_names",

@@ -210,7 +210,7 @@ def test_equals_its_formula(variant, case):
     matrix = _numpy(adapter.view.matrix()) + variant.matrix(adapter)
     ks.unwrap_model(model)
     adapter.view.assign(matrix)
-    bias = getattr(adapter.layer, "bias", None)
+    bias = adapter.view.bias_of()
     if bias is not None:
         value = ops.convert_to_numpy(bias)
         bias.assign(variant.bias(variant, adapter, value))

@@ -9,12 +9,16 @@ import pytest
 from keras import ops
 
 
+def folder():
+    """Where the golden files are."""
+    return pathlib.Path(os.environ.get("KERAS_SPECTRAL_GOLDEN", "golden"))
+
+
 def arrays_of(file, case):
     """One case of a golden file as `{name: array}`."""
-    folder = pathlib.Path(os.environ.get("KERAS_SPECTRAL_GOLDEN", "golden"))
-    if not (folder / file).exists():
+    if not (folder() / file).exists():
         pytest.skip("set KERAS_SPECTRAL_GOLDEN to the folder of golden files")
-    found = np.load(folder / file)
+    found = np.load(folder() / file)
     start = f"{case}/"
     return {
         name.removeprefix(start): found[name]

@@ -166,6 +166,12 @@ EMBEDDING = [
         tokens=9,
     )
 ]
+NORMS = [
+    _case("norm_layer", layers.LayerNormalization, (2, 3, 5), 1, 5),
+    _case("norm_batch", layers.BatchNormalization, (2, 4, 3, 5), 1, 5),
+    _case("norm_group", lambda: layers.GroupNormalization(2), (2, 4, 6), 1, 6),
+    _case("norm_rms", layers.RMSNormalization, (2, 3, 5), 1, 5),
+]
 ALL = DENSE + EINSUM + CONV + GROUPED + EMBEDDING
 PLAIN_CONV = [c for c in CONV if "separable" not in c.name]
 PLAIN_CONV = [c for c in PLAIN_CONV if "transpose" not in c.name] + GROUPED
@@ -209,4 +215,5 @@ def simplest(cases):
 def on_this_backend(cases):
     """PyTorch, which compiles nothing, runs all; the others one per view."""
     everywhere = keras.backend.backend() == "torch"
-    return [case for case in cases if everywhere or case in ONE_PER_VIEW]
+    known = [*ONE_PER_VIEW, NORMS[0]]
+    return [case for case in cases if everywhere or case in known]

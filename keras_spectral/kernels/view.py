@@ -157,7 +157,7 @@ class KernelView:
 
     def bias(self, outputs):
         """The layer's bias in a shape to add to outputs; None without one."""
-        bias = getattr(self.layer, "bias", None)
+        bias = self.bias_of()
         return None if bias is None else ops.cast(bias, outputs.dtype)
 
     def spread(self, row, outputs):
@@ -188,24 +188,35 @@ class KernelView:
         """Rows that stand `by_channel` in the order of `K`."""
         return matrix
 
-    def scaled_bias(self, row):
-        """The bias times n_out numbers, in its own shape; None without one.
+    def on_bias(self, row):
+        """n_out numbers in the shape of the bias; None without one.
 
         Raises:
             ValueError: Columns share numbers of the bias.
         """
-        bias = getattr(self.layer, "bias", None)
+        bias = self.bias_of()
         if bias is None:
             return None
-        scaled = ops.cast(bias, row.dtype) * self.spread(row, row)
-        if math.prod(scaled.shape) != math.prod(bias.shape):
+        spread = self.spread(row, row) + ops.zeros(bias.shape, row.dtype)
+        if math.prod(spread.shape) != math.prod(bias.shape):
             raise ValueError(
                 f"The bias of layer {self.label} has shape "
                 f"{tuple(bias.shape)}, so several of its {self.n_out} columns "
                 "share a number of it. Expected one for each, which can be "
-                "scaled by itself: keep the adapter, or exclude the layer."
+                "changed by itself: keep the adapter, or exclude the layer."
             )
-        return ops.reshape(scaled, bias.shape)
+        return ops.reshape(spread, bias.shape)
+
+    def scaled_bias(self, row):
+        """The bias times n_out numbers, see `on_bias`."""
+        row = self.on_bias(row)
+        return (
+            None if row is None else row * ops.cast(self.bias_of(), row.dtype)
+        )
+
+    def bias_of(self):
+        """The variable of the bias, None without one."""
+        return getattr(self.layer, "bias", None)
 
     @property
     def num_weights(self) -> int:

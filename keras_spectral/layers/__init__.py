@@ -13,16 +13,22 @@ from keras_spectral.layers.dylora import DyLoRADense
 from keras_spectral.layers.gated_spectral import GatedSpectralDense
 from keras_spectral.layers.ia3 import IA3
 from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.lidb import LiDBDense
 from keras_spectral.layers.loha import LoHaDense
 from keras_spectral.layers.lokr import LoKrDense
 from keras_spectral.layers.lora import LoRADense
+from keras_spectral.layers.lora_fa import LoRAFADense
 from keras_spectral.layers.oft import OFTDense
+from keras_spectral.layers.orthogonal_adaptation import OrthogonalAdaptation
 from keras_spectral.layers.spectral import SpectralDense
+from keras_spectral.layers.ssf import SSF
+from keras_spectral.layers.tuned_norm import TunedNorm
 from keras_spectral.layers.vera import VeRADense
 
 __all__ = [
     "IA3",
     "METHODS",
+    "SSF",
     "AdaLoRADense",
     "AdapterLayer",
     "BOFTDense",
@@ -34,10 +40,14 @@ __all__ = [
     "DyLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
+    "LiDBDense",
     "LoHaDense",
     "LoKrDense",
     "LoRADense",
+    "LoRAFADense",
     "OFTDense",
+    "OrthogonalAdaptation",
     "SpectralDense",
+    "TunedNorm",
     "VeRADense",
 ]

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_spectral.kernels import LowRank
+from keras_spectral.kernels.norm import along_axes
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 
@@ -75,12 +76,10 @@ class BitFit(KernelAdapter):
         )
 
     def change(self, inputs, outputs, training=None, **kwargs):
+        layer = self.layer
+        last = layer.up if isinstance(layer, LowRank) else layer
         change = ops.cast(self.bias_delta, outputs.dtype)
-        axes, sizes = _axes(self.layer), [1] * len(outputs.shape)
-        if axes is not None:
-            for axis, size in zip(axes, change.shape):
-                sizes[axis] = size
-            change = ops.reshape(change, sizes)
+        change = along_axes(last, change, outputs)
         return ops.broadcast_to(change, ops.shape(outputs))
 
     def bias_change(self):
@@ -97,15 +96,6 @@ def _will_have_bias(layer):
         return bias_name(layer) is not None
     options = ("use_bias", "bias_axes", "center")
     return any(getattr(layer, name, None) for name in options)
-
-
-def _axes(layer):
-    """The axes of the output that the bias stands for; None: its last ones."""
-    layer = layer.up if isinstance(layer, LowRank) else layer
-    axis = getattr(layer, "axis", None)  # of a norm
-    if axis is None and getattr(layer, "data_format", "") == "channels_first":
-        axis = 1
-    return [axis] if isinstance(axis, int) else axis
 
 
 def bias_name(layer: keras.layers.Layer) -> str | None:

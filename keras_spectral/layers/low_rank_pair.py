@@ -27,6 +27,7 @@ class LowRankPair:
         name: Start of the weights' names.
         seed: Integer seed of LoRA's start.
         keeps_start: Whether frozen copies of the start stay beside it.
+        trains: `"ab"`, or the one of the two that trains.
 
     Attributes:
         a: The variable A; `b` likewise.
@@ -46,6 +47,7 @@ class LowRankPair:
         name="lora",
         seed=None,
         keeps_start=False,
+        trains="ab",
     ):
         if rank > view.max_rank:
             raise ValueError(
@@ -69,8 +71,8 @@ class LowRankPair:
         if keeps_start:
             self.start_a = add("start_a", a_start, shapes[0], False)
             self.start_b = add("start_b", b_start, shapes[1], False)
-        self.a = add(f"{name}_a", a_start, shapes[0], True)
-        self.b = add(f"{name}_b", b_start, shapes[1], True)
+        self.a = add(f"{name}_a", a_start, shapes[0], "a" in trains)
+        self.b = add(f"{name}_b", b_start, shapes[1], "b" in trains)
 
     def factors(self, share=1.0):
         """A and B, less the start if that is kept, or a share of it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from keras_spectral._internal.layer_tools import own_variables
+from keras_spectral.kernels.norm import is_norm
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hints import require
 from keras_spectral.model.paths import Place
@@ -29,7 +29,7 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
     kept = []
     for pattern in trainable:
         if pattern == "norms":
-            kept += [p for p in candidates if _is_norm(subject(p.layer))]
+            kept += [p for p in candidates if is_norm(subject(p.layer))]
         if pattern in _WORDS:
             continue
         for place in require(candidates, pattern, "trainable"):
@@ -72,9 +72,3 @@ def bias_places(
             "shift. Expected another choice."
         )
     return found
-
-
-def _is_norm(layer):
-    return type(layer).__name__.endswith(("Norm", "Normalization")) and bool(
-        own_variables(layer)
-    )

@@ -5,6 +5,7 @@ import keras
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.blocks.kinds import block_kind
 from keras_spectral.kernels import LowRank
+from keras_spectral.kernels.norm import is_norm
 from keras_spectral.layers import BitFit
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.ia3 import FEED_FORWARD_OUTPUT
@@ -117,6 +118,10 @@ def _biases(model, candidates):
     return [p for p in built if fits(BitFit, subject(p.layer))]
 
 
+def _norms(model, candidates):
+    return [p for p in candidates if is_norm(subject(p.layer))]
+
+
 def _blocks(model, candidates):
     """Transformer blocks, and attention layers that stand in none."""
     chosen = []
@@ -141,6 +146,7 @@ PRESETS = {
     "all-linear": _all_linear,
     "conv": _conv,
     "biases": _biases,
+    "norms": _norms,
     "all": _all,
 }
 

@@ -74,7 +74,7 @@ def chosen_by_presets(
     return {
         word: {id(place) for place in search.matching(word)}
         for word in PRESETS
-        if word != "biases"
+        if word not in ("biases", "norms")
     }
 
 

@@ -47,8 +47,10 @@ def _outputs(model):
 def _wrapped(variant, dtype=None, adapter="default"):
     model = block_cases.model(dtype=dtype)
     plain = _outputs(model)
-    cls = variant.adapter
-    ks.wrap_model(model, cls, seed=1, adapter=adapter, **variant.options)
+    cls, options = variant.adapter, dict(variant.options)
+    if "seed" in cls.option_names():
+        options["seed"] = 1
+    ks.wrap_model(model, cls, adapter=adapter, **options)
     adapters = [place.layer for place in adapter_places(model)]
     assert [type(adapter) for adapter in adapters] == [cls, cls]
     return model, adapters, plain

@@ -1,6 +1,5 @@
 import golden
 import keras
-import layer_cases
 import numpy as np
 import pytest
 from keras import ops
