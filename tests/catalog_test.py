@@ -19,6 +19,7 @@ BASES = {
     "conv": lambda: layers.Conv1D(6, 3, name="conv"),
     "key-value-ffn": lambda: layers.Dense(6, name="value"),
     "biases": lambda: layers.Dense(6, name="dense"),
+    "norms": lambda: layers.LayerNormalization(),
 }
 
 
@@ -112,10 +113,10 @@ def test_methods_are_all_there_with_their_options():
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_methods_that_merge_do_and_others_refuse(name):
     cls = METHODS[name]
-    x = np.ones((1, 4, 5), "float32")
+    x = np.ones((1, 4, 6), "float32")
     if cls.default_target in BASES:
         base = BASES[cls.default_target]()
-        model = keras.Sequential([keras.Input((4, 5)), base])
+        model = keras.Sequential([keras.Input((4, 6)), base])
     elif cls.default_target == "blocks":
         model, x = _transformer(), block_cases.inputs()
         base = model.get_layer("block_0")
@@ -124,7 +125,8 @@ def test_methods_that_merge_do_and_others_refuse(name):
         ids = keras.Input((None,), dtype="int32")
         base = keras.Sequential([ids, layers.Embedding(9, 4)])
         model = keras.Sequential([ids, base])
-    options = {"rank": 2} if "rank" in cls.option_names() else {}
+    small = {"rank": 2, "block_size": 2, "down": 3, "up": 2}
+    options = {k: v for k, v in small.items() if k in cls.option_names()}
     ks.wrap_model(model, name, target=base, **options)
     model(x)
     if cls.merges:

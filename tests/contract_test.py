@@ -303,6 +303,8 @@ def _two(variant, case, other):
     cls, options = variant.adapter, variant.options
     if other == "lora":
         cls, options = ks.LoRADense, {"rank": 2}
+        if case in layer_cases.NORMS:
+            cls, options = ks.SSF, {}
     starts = []
     for name, kind, given in (
         ("one", variant.adapter, variant.options),

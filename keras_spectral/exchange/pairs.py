@@ -58,7 +58,7 @@ def pair_of(
         rank: What larger ones are truncated to; None allows no truncation.
     """
     plain = isinstance(adapter, LoRADense | ConvLoRA) and adapter.is_low_rank
-    as_made = is_close(float(adapter.scale), adapter.initial_scale())
+    as_made = is_close(float(adapter.adapter_scale), adapter.initial_scale())
     if isinstance(adapter, DoRADense):
         return _dora_pair(adapter, rank), 0.0
     if plain and adapter.pair.start_a is None and as_made:

@@ -71,17 +71,14 @@ class ConvView(KernelView):
         return ops.reshape(matrix, (self.n_in, self.n_out))
 
     def from_matrix(self, matrix):
-        kernel = ops.swapaxes(self._blocks(matrix), 0, 1)
+        kernel = ops.swapaxes(self.blocks(matrix), 0, 1)
         return ops.reshape(kernel, self.variable().shape)
 
     def factor(self, matrix, rank):
         """Each group's block has a pair of its own."""
-        a, b = super().factor(self._blocks(matrix), rank)
-        a = ops.reshape(a, (self.n_in, rank))
-        return a, ops.reshape(ops.swapaxes(b, 0, 1), (rank, self.n_out))
+        return self.joined(*super().factor(self.blocks(matrix), rank))
 
-    def _blocks(self, matrix):
-        """The diagonal blocks (groups, n_in / groups, n_out / groups)."""
+    def blocks(self, matrix):
         groups = self.groups
         blocks = ops.reshape(matrix, (groups, self.n_in // groups, groups, -1))
         eye = ops.eye(groups, dtype=blocks.dtype)
@@ -117,7 +114,7 @@ class ConvView(KernelView):
 
     def parts(self, matrix, slices=1):
         if self.groups > 1:
-            return self._blocks(matrix)
+            return self.blocks(matrix)
         channels = self._row_shape[-1] // slices
         shape = (-1, slices, channels, self.n_out)
         matrix = ops.swapaxes(ops.reshape(matrix, shape), 0, 1)

@@ -5,19 +5,21 @@ import math
 import keras
 from keras import ops
 
-from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral._internal.twin import twin
 from keras_spectral.kernels.view import KernelView
 
-# What norms call their scale.
-_SCALES = ("gamma", "scale")
-
 
 def is_norm(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is, by its class's name, a norm with weights."""
-    kind = type(layer).__name__
-    named = kind.endswith(("Norm", "Normalization"))
-    return named and bool(own_variables(layer))
+    """Whether a layer is, by its class's name, a norm."""
+    return type(layer).__name__.endswith(("Norm", "Normalization"))
+
+
+def scale_name(layer: keras.layers.Layer) -> str | None:
+    """The attribute that holds a norm's scale, None without one."""
+    for name in ("gamma", "scale"):
+        if isinstance(getattr(layer, name, None), keras.Variable):
+            return name
+    return None
 
 
 class NormView(KernelView):
@@ -33,9 +35,7 @@ class NormView(KernelView):
     rows_are_inputs = False
 
     def __init__(self, layer):
-        self.kernel_name = next(
-            (name for name in _SCALES if _is_weight(layer, name)), None
-        )
+        self.kernel_name = scale_name(layer)
         if self.kernel_name is None:
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) has no trained "
@@ -81,7 +81,3 @@ def along_axes(layer, numbers, outputs):
     ):
         sizes[one] = size
     return ops.reshape(numbers, sizes)
-
-
-def _is_weight(layer, name):
-    return isinstance(getattr(layer, name, None), keras.Variable)

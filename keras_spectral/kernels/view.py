@@ -134,6 +134,16 @@ class KernelView:
             return ops.cast(kernel, self.layer.compute_dtype)
         return ops.cast(kernel, self.variable().dtype)
 
+    def blocks(self, matrix):
+        """The blocks (groups, rows, columns) on a matrix's diagonal."""
+        return matrix[None]
+
+    def joined(self, a, b):
+        """A and B of pairs (groups, rows, r), (groups, r, columns)."""
+        rank = a.shape[-1]
+        b = ops.reshape(ops.swapaxes(b, 0, 1), (rank, self.n_out))
+        return ops.reshape(a, (self.n_in, rank)), b
+
     def factor(self, matrix, rank):
         """The pair A, B of rank `rank` whose product is nearest to a matrix."""
         return nearest_pair(matrix, rank)

@@ -84,7 +84,7 @@ class AdapterLayer(Member, Host):
         try:
             self.view = self.view_of(self.layer)
             self.check_view()
-            self.scale = self.add_weight(
+            self.adapter_scale = self.add_weight(
                 name="scale",
                 shape=(),
                 initializer=keras.initializers.Constant(self.initial_scale()),
@@ -126,9 +126,16 @@ class AdapterLayer(Member, Host):
         return 1.0
 
     @property
+    def scale(self):
+        """What the base calls so, or the method's own factor."""
+        if hasattr(self.layer, "scale"):
+            return self.forwarded(self.layer, "scale")
+        return self.adapter_scale
+
+    @property
     def amount(self):
         """Scale times strength: 0 where the adapter is off."""
-        return self.scale * self.adapter_strength
+        return self.adapter_scale * self.adapter_strength
 
     @classmethod
     def connect(cls, adapters: list["AdapterLayer"]):

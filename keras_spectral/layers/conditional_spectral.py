@@ -248,5 +248,5 @@ class ConditionalSpectralDense(Sharing, KernelAdapter):
 
     def delta_matrix(self):
         """The mean change over the examples seen since `reset_gates`."""
-        strength = self.s * self.mean_gates() * self.scale
+        strength = self.s * self.mean_gates() * self.adapter_scale
         return ops.matmul(self.u * strength, ops.transpose(self.v))

@@ -133,7 +133,7 @@ class ConvLoRA(LowRankAdapter):
 
     def kernel_change(self):
         size, _, c_in, c_out = self.layer.kernel.shape
-        product = ops.matmul(self.lora_b * self.scale, self.lora_a)
+        product = ops.matmul(self.lora_b * self.adapter_scale, self.lora_a)
         return loralib_kernel(product, size, c_in, c_out)
 
 

@@ -189,7 +189,7 @@ class DecayingLoRA(LowRankAdapter):
     def _pair(self, decay):
         """A and B in full strength, the fading start included."""
         a, b = self.pair.factors(decay)
-        return a, b * self.scale
+        return a, b * self.adapter_scale
 
     def _schedule(self):
         length = self.end_step - self.start_step

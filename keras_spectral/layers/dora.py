@@ -109,7 +109,7 @@ class DoRADense(LowRankAdapter):
     def change(self, inputs, outputs, training=None, **kwargs):
         ratio = self._ratio()
         a, b = self.pair.factors()
-        b = b * (self.scale * ratio)
+        b = b * (self.adapter_scale * ratio)
         a, b = (ops.cast(x, self.compute_dtype) for x in (a, b))
         pair = self.view.apply(self.dropped(inputs, training), a, b)
         bias = self.view.bias(outputs)
@@ -121,7 +121,7 @@ class DoRADense(LowRankAdapter):
         a, b = self.pair.factors()
         kernel = self.view.matrix()
         ratio = ops.cast(self._ratio(), kernel.dtype)
-        pair = ops.cast(ops.matmul(a, b * self.scale), kernel.dtype)
+        pair = ops.cast(ops.matmul(a, b * self.adapter_scale), kernel.dtype)
         return kernel * (ratio - 1) + pair * ratio
 
     def _ratio(self):
@@ -131,7 +131,7 @@ class DoRADense(LowRankAdapter):
         |K_j|^2: the start, where B is zero, is exact.
         """
         a, b = map(ops.stop_gradient, self.pair.factors())
-        b = b * self.scale
+        b = b * self.adapter_scale
         kernel = ops.cast(self.view.matrix(), "float32")
         # Groups of a convolution have rows of A, and columns of B, apart.
         groups, rank = self.view.groups, a.shape[-1]

@@ -143,16 +143,26 @@ class KernelAdapter(AdapterLayer, KernelHost):
         """
         given, self._triplets = self._triplets, None
 
-        @functools.cache
         def triplets():
             found = given or factorize([(self.view, count)])[0]
             return [ops.convert_to_tensor(x) for x in found]
+
+        return self.made_late(triplets, *functions)
+
+    def made_late(self, make: Callable, *functions: Callable) -> list[Callable]:
+        """Initializers from what is made, once, when weights get numbers.
+
+        Args:
+            make: `() -> several values`.
+            *functions: `(*values) -> tensor`, one for each initializer.
+        """
+        make = functools.cache(make)
 
         def initializer(function):
             def start(shape, dtype=None):
                 if asks_shapes_only():
                     return ops.zeros(shape, dtype)
-                return ops.cast(function(*triplets()), dtype)
+                return ops.cast(function(*make()), dtype)
 
             return start
 
@@ -258,7 +268,7 @@ class KernelAdapter(AdapterLayer, KernelHost):
         if self.forms_kernel:
             return self.view.to_matrix(self.kernel_change())
         a, b = self.factors()
-        return ops.matmul(a, b * self.scale)
+        return ops.matmul(a, b * self.adapter_scale)
 
     def bias_change(self):
         """The change of the base's bias, or None."""

@@ -122,7 +122,7 @@ class LoHaDense(LowRankAdapter):
         if not self.cp:
             first = ops.matmul(self.first_a, self.first_b)
             second = ops.matmul(self.second_a, self.second_b)
-            return self.view.from_matrix(first * second * self.scale)
+            return self.view.from_matrix(first * second * self.adapter_scale)
         equation = "...ji,cj,if->...cf"
         first = ops.einsum(
             equation, self.first_core, self.first_a, self.first_b
@@ -130,7 +130,7 @@ class LoHaDense(LowRankAdapter):
         second = ops.einsum(
             equation, self.second_core, self.second_a, self.second_b
         )
-        return first * second * self.scale
+        return first * second * self.adapter_scale
 
 
 def _uniform(size, seed, name):

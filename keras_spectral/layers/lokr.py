@@ -121,7 +121,7 @@ class LoKrDense(LowRankAdapter):
         )
 
     def change(self, inputs, outputs, training=None, **kwargs):
-        w1, w2 = self._matrix("w1"), self._matrix("w2") * self.scale
+        w1, w2 = self._matrix("w1"), self._matrix("w2") * self.adapter_scale
         w1, w2 = (ops.cast(w, self.compute_dtype) for w in (w1, w2))
         rows = self.view.flat(inputs)
         before = ops.shape(rows)[:-1]
@@ -132,7 +132,7 @@ class LoKrDense(LowRankAdapter):
 
     def delta_matrix(self):
         matrix = ops.kron(self._matrix("w1"), self._matrix("w2"))
-        return self.view.by_offset(matrix * self.scale)
+        return self.view.by_offset(matrix * self.adapter_scale)
 
     def kernel_change(self):
         return self.view.from_matrix(self.delta_matrix())

@@ -19,14 +19,21 @@ class LoRADense(LowRankAdapter):
     and `y = base(x) + s * x (A B - A0 B0)` with the start A0, B0 kept frozen.
     That is training inside a kernel `K - s A0 B0`, while the base's own
     kernel is never touched. It learns faster than a start from zero and
-    costs a second thin pair.
+    costs a second thin pair. Its singular values are divided by s, so that
+    what trains is the kernel's own first part.
+
+    Further starts: `"olora"`, the first columns and rows of `K^T = Q R` in
+    the place of singular vectors; `"orthogonal"`, both factors random with
+    `A B = 0` (an even rank); `"mica"`, B frozen at the kernel's last right
+    singular vectors while A starts at zero.
 
     Use it as the first thing to try: it is cheap, and it merges exactly.
     Works on Dense, EinsumDense, Conv (then A is a convolution and B a 1x1),
     SeparableConv, transposed convolutions and Embedding.
 
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3; rsLoRA: Kalajdzievski
-    2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv 2404.02948.
+    2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA:
+    Buyukakyuz 2024, arXiv 2406.01775; orthogonal and MiCA as in HF PEFT.
 
     Args:
         layer: The base layer.
@@ -34,7 +41,8 @@ class LoRADense(LowRankAdapter):
         alpha: Strength of the update, not 0. Defaults to `rank`, so `s = 1`.
         dropout: Share of inputs dropped before A while training, 0 <= p < 1.
         scaling: `"standard"` (alpha/rank) or `"rslora"` (alpha/sqrt(rank)).
-        initializer: `"kaiming"` or `"pissa"`.
+        initializer: `"kaiming"`, `"pissa"`, `"olora"`, `"orthogonal"` or
+            `"mica"`.
         seed: Integer seed of A's start and of dropout.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
 

@@ -83,7 +83,7 @@ class LoRAFADense(LowRankAdapter):
         if not self.project:
             return a, b
         gram = ops.matmul(ops.transpose(a), a) + _RIDGE * ops.eye(self.rank)
-        correction = ops.linalg.inv(gram * ops.square(self.scale))
+        correction = ops.linalg.inv(gram * ops.square(self.adapter_scale))
         # B to the last bit, with another gradient.
         still = ops.stop_gradient(ops.convert_to_tensor(b))
         return a, still + ops.matmul(correction, b - still)

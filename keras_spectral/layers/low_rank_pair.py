@@ -10,6 +10,8 @@ from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.starts import STARTS
+from keras_spectral.layers.starts import triplets_of_start
 
 
 class LowRankPair:
@@ -99,14 +101,12 @@ class LowRankAdapter(KernelAdapter):
     ):
         """Checks and keeps LoRA's options."""
         self.scaling = check_choice(scaling, "scaling", ("standard", "rslora"))
-        self.initializer = check_choice(
-            initializer, "initializer", ("kaiming", "pissa")
-        )
+        self.initializer = check_choice(initializer, "initializer", STARTS)
         self.set_rank(rank, alpha)
         self.set_dropout(dropout, seed)
 
     def triplets_needed(self, view):
-        return self.rank if self.initializer == "pissa" else 0
+        return triplets_of_start(self, view)
 
     def initial_scale(self):
         rooted = self.scaling == "rslora"
@@ -114,15 +114,7 @@ class LowRankAdapter(KernelAdapter):
 
     def lora_pair(self) -> LowRankPair:
         """A pair that starts as the options say."""
-        start = {}
-        if self.initializer == "pissa":
-            a_start, b_start = self.from_triplets(
-                self.rank,
-                lambda u, s, v: u * ops.sqrt(s),
-                lambda u, s, v: ops.transpose(v * ops.sqrt(s)),
-            )
-            start = {"a_start": a_start, "b_start": b_start}
-            start["keeps_start"] = True
+        start = STARTS[self.initializer](self)
         return LowRankPair(self, self.view, self.rank, seed=self.seed, **start)
 
 

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_spectral.kernels.norm import NormView
+from keras_spectral.kernels.norm import is_norm
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 
@@ -45,13 +46,18 @@ class TunedNorm(KernelAdapter):
     default_target = "norms"
     trains = "scales and shifts of norms, beside the frozen ones"
     one_direction = True
+    needs_outputs = True
 
     def __init__(self, layer, **kwargs):
         super().__init__(layer, **kwargs)
 
     @classmethod
     def check_base(cls, layer):
-        check_is_norm(layer)
+        if not is_norm(layer):
+            raise ValueError(
+                f"Layer '{layer.name}' is a {type(layer).__name__}. Expected a "
+                "norm with a scale, such as a LayerNormalization."
+            )
 
     @classmethod
     def view_of(cls, layer):
@@ -71,8 +77,6 @@ class TunedNorm(KernelAdapter):
                 initializer="zeros",
             )
 
-    needs_outputs = True
-
     def change(self, inputs, outputs, training=None, **kwargs):
         scale, shift = self.view.variable(), self.view.bias_of()
         scale = ops.cast(scale, "float32") + self.gamma_delta
@@ -88,13 +92,3 @@ class TunedNorm(KernelAdapter):
         if self.beta_delta is None:
             return None
         return ops.convert_to_tensor(self.beta_delta)
-
-
-def check_is_norm(layer):
-    """Raises a ValueError unless a layer's class is called a norm."""
-    kind = type(layer).__name__
-    if not kind.endswith(("Norm", "Normalization")):
-        raise ValueError(
-            f"Layer '{layer.name}' is a {kind}. Expected a norm with a scale, "
-            "such as a LayerNormalization."
-        )

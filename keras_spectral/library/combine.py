@@ -205,7 +205,7 @@ def _thin(member, method):
             "needs. Expected a method that ends in 'svd'."
         )
     a, b = map(ops.convert_to_numpy, member.factors())
-    return a, b, float(member.scale)
+    return a, b, float(member.adapter_scale)
 
 
 def _rank(member, view):

@@ -14,6 +14,7 @@ from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.tables import grouped
 from keras_spectral._internal.tables import show
 from keras_spectral.kernels import kernel_view
+from keras_spectral.kernels.norm import is_norm
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import BitFit
@@ -138,12 +139,14 @@ def list_targets(
     ('hidden', (16, 8), ('all-linear', 'all'))
     """
     check_model(model)
-    # Norms, whose shifts BitFit trains, would be most of the table.
-    kinds = [kind for kind in METHODS.values() if kind is not BitFit]
+    found = shown = places(model)
     if method is not None:
         kinds = [adapter_class_of(method)]
-    found = places(model)
-    fits = {id(p) for kind in kinds for p in adaptable(found, kind)}
+    else:
+        # Norms, and all with a bias, would be most of the table.
+        kinds = [kind for kind in METHODS.values() if kind is not BitFit]
+        shown = [p for p in found if not is_norm(subject(p.layer))]
+    fits = {id(p) for kind in kinds for p in adaptable(shown, kind)}
     fits -= {id(p) for p in found if id(p) not in _ids(without_halves(found))}
     unsafe = rewritten(model, found)
     chosen = [

@@ -117,7 +117,7 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
         new.give_triplets(Triplets(adapter.u, adapter.s, adapter.v))
 
         def fill():
-            new.gates.assign(adapter.mean_gates() * adapter.scale)
+            new.gates.assign(adapter.mean_gates() * adapter.adapter_scale)
 
         return new, fill
 
@@ -165,7 +165,7 @@ def compact_ranks(model: keras.Model) -> dict[str, int]:
     def make(old):
         on = ops.convert_to_numpy(old.lora_e).nonzero()[0]
         new = LoRADense(
-            old.layer, rank=len(on), alpha=float(old.scale) * len(on)
+            old.layer, rank=len(on), alpha=float(old.adapter_scale) * len(on)
         )
 
         def fill():
@@ -208,7 +208,7 @@ def lora_pair(adapter: AdapterLayer, rank: int) -> tuple[tuple, float]:
     if adapter.is_low_rank:
         a, b = adapter.factors()
         if a.shape[1] <= view.max_rank:
-            return (a, b * adapter.scale), 0.0
+            return (a, b * adapter.adapter_scale), 0.0
         rank = view.max_rank
     wanted = adapter.delta_matrix()
     a, b = view.factor(wanted, min(rank, view.max_rank))

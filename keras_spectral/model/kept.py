@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels.norm import is_norm
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hints import require
@@ -29,7 +30,8 @@ def kept_places(model, candidates: list[Place], trainable) -> list[Place]:
     kept = []
     for pattern in trainable:
         if pattern == "norms":
-            kept += [p for p in candidates if is_norm(subject(p.layer))]
+            norms = [p for p in candidates if is_norm(subject(p.layer))]
+            kept += [p for p in norms if own_variables(subject(p.layer))]
         if pattern in _WORDS:
             continue
         for place in require(candidates, pattern, "trainable"):

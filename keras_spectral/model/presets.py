@@ -6,6 +6,7 @@ from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.blocks.kinds import block_kind
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels.norm import is_norm
+from keras_spectral.kernels.norm import scale_name
 from keras_spectral.layers import BitFit
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.ia3 import FEED_FORWARD_OUTPUT
@@ -119,7 +120,9 @@ def _biases(model, candidates):
 
 
 def _norms(model, candidates):
-    return [p for p in candidates if is_norm(subject(p.layer))]
+    """Every norm with a scale."""
+    found = [p for p in candidates if is_norm(subject(p.layer))]
+    return [p for p in found if scale_name(subject(p.layer))]
 
 
 def _blocks(model, candidates):

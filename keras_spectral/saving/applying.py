@@ -234,7 +234,7 @@ def _check_scale(place, variables, tensors, scales, path):
     if expected is None:
         expected = place.layer.initial_scale()
     for name, variable in variables.items():
-        stored = variable is place.layer.scale and float(tensors[name])
+        stored = variable is place.layer.adapter_scale and float(tensors[name])
         if stored is not False and not is_close(stored, expected):
             raise ValueError(
                 f"{path}: the scale of '{place.key}' is {stored:g}, but its "

@@ -44,7 +44,7 @@ def adapter_entries(adapters: list[Place]) -> list[dict]:
         }
         if layer.shared is not None:
             entry["shared"] = numbers[id(layer.shared)]
-        scale = float(layer.scale)
+        scale = float(layer.adapter_scale)
         if not is_close(scale, layer.initial_scale()):
             entry["scale"] = scale
         entries.append(entry)

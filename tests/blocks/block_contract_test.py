@@ -44,13 +44,16 @@ def _outputs(model):
     return _numpy(model(block_cases.inputs()))
 
 
+def _options(variant):
+    seeded = "seed" in variant.adapter.option_names()
+    return {**variant.options, **({"seed": 1} if seeded else {})}
+
+
 def _wrapped(variant, dtype=None, adapter="default"):
     model = block_cases.model(dtype=dtype)
     plain = _outputs(model)
-    cls, options = variant.adapter, dict(variant.options)
-    if "seed" in cls.option_names():
-        options["seed"] = 1
-    ks.wrap_model(model, cls, adapter=adapter, **options)
+    cls = variant.adapter
+    ks.wrap_model(model, cls, adapter=adapter, **_options(variant))
     adapters = [place.layer for place in adapter_places(model)]
     assert [type(adapter) for adapter in adapters] == [cls, cls]
     return model, adapters, plain
@@ -134,7 +137,7 @@ def test_padding_is_without_effect(variant):
 def test_hand_built_layers_round_trip_and_go_on_learning(variant, tmp_path):
     cls = variant.adapter
     layers = [
-        cls(block_cases.Block(name=f"block_{i}"), seed=1, **variant.options)
+        cls(block_cases.Block(name=f"block_{i}"), **_options(variant))
         for i in range(2)
     ]
     model = block_cases.model(layers)
@@ -187,10 +190,11 @@ def _with_another(variant, other):
     start = _outputs(model)
     _randomize(adapters)
     alone = _outputs(model)
-    kind, options = variant.adapter, variant.options
+    kind, options = variant.adapter, _options(variant)
     if other == "bottleneck":
-        kind, options, start = ks.BottleneckAdapter, {"size": 3}, plain
-    ks.wrap_model(model, kind, adapter="two", seed=1, **options)
+        kind, start = ks.BottleneckAdapter, plain
+        options = {"size": 3, "seed": 1}
+    ks.wrap_model(model, kind, adapter="two", **options)
     # A prefix that is masked leaves the last digit of a sum to chance.
     np.testing.assert_allclose(_outputs(model), start, atol=1e-6)
     return model, plain, alone

@@ -1,3 +1,4 @@
+import golden
 import keras
 import layer_cases
 import numpy as np
@@ -28,6 +29,7 @@ def _pissa(variant, adapter, start_a, start_b, **weights):
     return lora_matrix(adapter, 1, **weights) - start
 
 
+SOME = layer_cases.named("dense", "conv_2d_groups")
 VARIANTS = [
     Variant(
         ks.LoRADense, "lora", {"rank": 2}, _standard, cases=layer_cases.ALL
@@ -45,6 +47,30 @@ VARIANTS = [
         {"rank": 2, "initializer": "pissa"},
         _pissa,
         exact_start=False,
+    ),
+    Variant(
+        ks.LoRADense,
+        "olora",
+        {"rank": 2, "initializer": "olora"},
+        _pissa,
+        exact_start=False,
+        cases=SOME,
+    ),
+    Variant(
+        ks.LoRADense,
+        "orthogonal",
+        {"rank": 2, "initializer": "orthogonal"},
+        _standard,
+        exact_start=False,
+        cases=SOME,
+    ),
+    Variant(
+        ks.LoRADense,
+        "mica",
+        {"rank": 2, "initializer": "mica"},
+        _standard,
+        lambda case, layer: 2 * layer_cases.rows(layer),
+        cases=SOME,
     ),
 ]
 
@@ -73,15 +99,57 @@ def test_scaling():
     assert float(rslora.scale) == 4.0
 
 
-def test_pissa_starts_as_the_first_singular_triplets():
-    layer = _layer(rank=2, alpha=6, initializer="pissa")
+@pytest.mark.parametrize("alpha", [6, -2])
+def test_pissa_starts_as_the_first_singular_triplets(alpha):
+    layer = _layer(rank=2, alpha=alpha, initializer="pissa")
     kernel = layer.layer.kernel.numpy()
     u, s, vt = np.linalg.svd(kernel, full_matrices=False)
     product = (u[:, :2] * s[:2]) @ vt[:2]
-    got = layer.lora_a.numpy() @ layer.lora_b.numpy()
+    got = layer.lora_a.numpy() @ layer.lora_b.numpy() * alpha / 2
     np.testing.assert_allclose(got, product, atol=1e-5)
     balance = np.linalg.norm(layer.lora_a.numpy(), axis=0)
-    np.testing.assert_allclose(balance, np.sqrt(s[:2]), rtol=1e-4)
+    expected = np.sqrt(s[:2] / abs(alpha / 2))
+    np.testing.assert_allclose(balance, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_golden_starts(start):
+    arrays = golden.arrays_of("lora_inits.npz", start)
+    whole = np.load(golden.folder() / "lora_inits.npz")
+    base = keras.layers.Dense(20)
+    base.build((None, 24))
+    base.kernel.assign(whole["W"].T)
+    layer = ks.LoRADense(base, rank=4, alpha=8, initializer=start)
+    layer.build((None, 24))
+    scale = float(arrays["scaling"])
+    assert float(layer.scale) == scale
+    a, b = layer.lora_a.numpy(), layer.lora_b.numpy()
+    np.testing.assert_allclose(a @ b, (arrays["B"] @ arrays["A"]).T, atol=1e-5)
+    residual = base.kernel.numpy() - scale * a @ b
+    np.testing.assert_allclose(residual.T, arrays["base_after"], atol=1e-5)
+    x = whole["x"]
+    got, plain = ops.convert_to_numpy(layer(x)), ops.convert_to_numpy(base(x))
+    np.testing.assert_allclose(got, plain, atol=1e-5)
+
+
+def test_an_orthogonal_start_is_random_and_cancels():
+    layer = _layer(rank=4, initializer="orthogonal", seed=1)
+    a, b = layer.lora_a.numpy(), layer.lora_b.numpy()
+    assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 2
+    assert np.abs(a @ b).max() < 1e-6
+    assert 0.02 < a.std() < 0.3 and 0.02 < b.std() < 0.3
+    with pytest.raises(ValueError, match="Expected an even rank"):
+        _layer(rank=3, initializer="orthogonal")
+
+
+def test_mica_freezes_the_last_singular_vectors():
+    layer = _layer(rank=2, initializer="mica")
+    assert [w.name for w in layer.trainable_weights] == ["lora_a"]
+    b = layer.lora_b.numpy()
+    np.testing.assert_allclose(b @ b.T, np.eye(2), atol=1e-5)
+    s = np.linalg.svd(layer.layer.kernel.numpy(), compute_uv=False)
+    sizes = np.linalg.norm(layer.layer.kernel.numpy() @ b.T, axis=0)
+    np.testing.assert_allclose(sizes, s[-2:], atol=1e-5)
 
 
 def test_dropout_acts_while_training_only():

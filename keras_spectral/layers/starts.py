@@ -1,0 +1,104 @@
+"""How the thin pair of a LoRA can start, by the value of `initializer`."""
+
+import math
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+from keras_spectral._internal.checks import derived_seed
+
+# Each makes the arguments of LowRankPair that say how it starts.
+STARTS: dict[str, Callable] = {}
+
+
+def start(function):
+    """Makes a function known by its name."""
+    STARTS[function.__name__] = function
+    return function
+
+
+@start
+def kaiming(adapter):
+    """A uniform in +-sqrt(1/n_in), B zero."""
+    return {}
+
+
+@start
+def pissa(adapter):
+    """The first singular triplets: `s A B` is the kernel's best part."""
+    scale = adapter.initial_scale()
+
+    def root(s):
+        return ops.sqrt(s / abs(scale))
+
+    a_start, b_start = adapter.from_triplets(
+        adapter.rank,
+        lambda u, s, v: u * root(s),
+        lambda u, s, v: math.copysign(1, scale) * ops.transpose(v * root(s)),
+    )
+    return {"a_start": a_start, "b_start": b_start, "keeps_start": True}
+
+
+@start
+def olora(adapter):
+    """The first columns and rows of `K^T = Q R`: B is orthonormal."""
+    rank, view = adapter.rank, adapter.view
+
+    def factors():
+        blocks = ops.swapaxes(view.blocks(view.finite_matrix()), -1, -2)
+        q, r = ops.linalg.qr(blocks)
+        a = ops.swapaxes(r[..., :rank, :], -1, -2)
+        return view.joined(a, ops.swapaxes(q[..., :rank], -1, -2))
+
+    a_start, b_start = adapter.made_late(
+        factors, lambda a, b: a, lambda a, b: b
+    )
+    return {"a_start": a_start, "b_start": b_start, "keeps_start": True}
+
+
+@start
+def orthogonal(adapter):
+    """Both random and `A B = 0`, from odd and even rows of one rotation."""
+    rank, view = adapter.rank, adapter.view
+    if rank % 2:
+        raise ValueError(
+            f"Received rank={rank} for layer '{adapter.name}' with "
+            "initializer='orthogonal'. Expected an even rank: half of a "
+            "rotation's rows go to A, half to B."
+        )
+
+    def factors():
+        def seed(name):
+            return derived_seed(adapter.seed, f"lora_{name}")
+
+        turn = keras.initializers.Orthogonal(seed=seed("rotation"))
+        turn = turn((rank, rank), "float32")
+        normal = [
+            keras.random.normal((size, rank // 2), seed=seed(name))
+            for size, name in ((view.n_in, "a"), (view.n_out, "b"))
+        ]
+        a = ops.matmul(normal[0], turn[1::2]) / 10
+        return a, ops.transpose(ops.matmul(normal[1], turn[::2])) / 10
+
+    a_start, b_start = adapter.made_late(
+        factors, lambda a, b: a, lambda a, b: b
+    )
+    return {"a_start": a_start, "b_start": b_start}
+
+
+@start
+def mica(adapter):
+    """B frozen at the last right singular vectors, A zero and trained."""
+    count = min(adapter.view.n_in, adapter.view.n_out)
+    (b_start,) = adapter.from_triplets(
+        count, lambda u, s, v: ops.transpose(v[:, -adapter.rank :])
+    )
+    return {"a_start": "zeros", "b_start": b_start, "trains": "a"}
+
+
+def triplets_of_start(adapter, view) -> int:
+    """How many singular triplets a start takes."""
+    if adapter.initializer == "mica":
+        return min(view.n_in, view.n_out)
+    return adapter.rank if adapter.initializer == "pissa" else 0
