@@ -42,6 +42,7 @@ from keras_spectral.layers import SpectralDense
 from keras_spectral.layers import TunedNorm
 from keras_spectral.layers import VeRADense
 from keras_spectral.library.combine import combine_adapters
+from keras_spectral.model.calibrate import calibrate
 from keras_spectral.model.catalog import list_targets
 from keras_spectral.model.catalog import methods
 from keras_spectral.model.contexts import adapters_alone
@@ -104,6 +105,7 @@ __all__ = [
     "adapter_summary",
     "adapters_alone",
     "adapters_disabled",
+    "calibrate",
     "blocks",
     "callbacks",
     "collect_gates",

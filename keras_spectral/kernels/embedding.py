@@ -17,6 +17,9 @@ class EmbeddingView(KernelView):
     def down(self, inputs, a):
         return ops.take(a, ops.cast(inputs, "int32"), axis=0)
 
+    def input_rows(self, inputs):
+        return ops.one_hot(ops.reshape(inputs, (-1,)), self.n_in)
+
     def up(self, codes, b):
         return ops.matmul(codes, b)
 

@@ -161,6 +161,13 @@ class KernelView:
         """Applies A (n_in x r) to the layer's input: codes (..., r)."""
         raise NotImplementedError
 
+    def input_rows(self, inputs):
+        """What `K` multiplies, as rows (count, n_in)."""
+        inputs = ops.cast(inputs, self.layer.compute_dtype)
+        eye = ops.eye(self.n_in // self.groups, dtype=inputs.dtype)
+        codes = self.down(inputs, ops.tile(eye, (self.groups, 1)))
+        return ops.reshape(codes, (-1, self.n_in))
+
     def up(self, codes, b):
         """Applies B (r x n_out) to codes: the layer's output shape."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.low_rank_pair import LowRankAdapter
+from keras_spectral.layers.starts import LOADED
 
 
 @register_method("lora")
@@ -27,13 +28,26 @@ class LoRADense(LowRankAdapter):
     `A B = 0` (an even rank); `"mica"`, B frozen at the kernel's last right
     singular vectors while A starts at zero.
 
+    Starts that look at data are given it by `wrap_model`. With
+    `calibration=calibrate(model, dataset)`: `"eva"`, A's columns are the
+    principal components of the layer's inputs, so that B begins where inputs
+    vary (`overrides=calibration.ranks(8)` gives each layer its rank);
+    `"corda"`, as PiSSA but with the first triplets of `C K`, C being the mean
+    of x^T x, so that what trains is what these data use, and `"corda_kpm"`,
+    with the last ones, so that it is kept. With `original=float_model` on a
+    quantised model `"loftq"`: A B is the best pair of its rank for what
+    quantisation took away, so the adapted layer starts nearer to the original
+    than the base.
+
     Use it as the first thing to try: it is cheap, and it merges exactly.
     Works on Dense, EinsumDense, Conv (then A is a convolution and B a 1x1),
     SeparableConv, transposed convolutions and Embedding.
 
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3; rsLoRA: Kalajdzievski
     2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA:
-    Buyukakyuz 2024, arXiv 2406.01775; orthogonal and MiCA as in HF PEFT.
+    Buyukakyuz 2024, arXiv 2406.01775; EVA: Paischer et al. 2024, arXiv
+    2410.07170; CorDA: Yang et al. 2024, arXiv 2406.05223; LoftQ: Li et al.
+    2023, arXiv 2310.08659; orthogonal and MiCA as in HF PEFT.
 
     Args:
         layer: The base layer.
@@ -41,9 +55,11 @@ class LoRADense(LowRankAdapter):
         alpha: Strength of the update, not 0. Defaults to `rank`, so `s = 1`.
         dropout: Share of inputs dropped before A while training, 0 <= p < 1.
         scaling: `"standard"` (alpha/rank) or `"rslora"` (alpha/sqrt(rank)).
-        initializer: `"kaiming"`, `"pissa"`, `"olora"`, `"orthogonal"` or
-            `"mica"`.
+        initializer: `"kaiming"`, `"pissa"`, `"olora"`, `"orthogonal"`,
+            `"mica"`, `"eva"`, `"corda"`, `"corda_kpm"` or `"loftq"`.
         seed: Integer seed of A's start and of dropout.
+        start_data: What a start is given: `Moments`, or the float kernel as a
+            matrix (n_in x n_out). `wrap_model` sees to it.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
 
     Call arguments:
@@ -65,6 +81,7 @@ class LoRADense(LowRankAdapter):
     """
 
     trains = "the thin pair A, B"
+    takes_data = True
 
     def __init__(
         self,
@@ -75,10 +92,17 @@ class LoRADense(LowRankAdapter):
         scaling="standard",
         initializer="kaiming",
         seed=None,
+        start_data=None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
         self.set_lora_options(rank, alpha, dropout, scaling, initializer, seed)
+        self.set_start_data(start_data)
+
+    def options(self):
+        options = super().options()
+        data = options.pop("start_data")
+        return options if data is None else {**options, "start_data": LOADED}
 
     def build_adapter(self):
         self.pair = self.lora_pair()

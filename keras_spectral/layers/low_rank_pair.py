@@ -10,6 +10,8 @@ from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.starts import LOADED
+from keras_spectral.layers.starts import NEEDS
 from keras_spectral.layers.starts import STARTS
 from keras_spectral.layers.starts import triplets_of_start
 
@@ -90,6 +92,8 @@ class LowRankAdapter(KernelAdapter):
 
     scaling = "standard"
     initializer = "kaiming"
+    takes_data = False  # whether starts that look at data are among options
+    start_data = None  # what a start is given beside the layer
 
     def set_rank(self, rank, alpha):
         """Checks and keeps a rank and a strength, which defaults to it."""
@@ -101,9 +105,26 @@ class LowRankAdapter(KernelAdapter):
     ):
         """Checks and keeps LoRA's options."""
         self.scaling = check_choice(scaling, "scaling", ("standard", "rslora"))
-        self.initializer = check_choice(initializer, "initializer", STARTS)
+        known = [s for s in STARTS if self.takes_data or s not in NEEDS]
+        self.initializer = check_choice(initializer, "initializer", known)
         self.set_rank(rank, alpha)
         self.set_dropout(dropout, seed)
+
+    def set_start_data(self, data):
+        """Checks and keeps what a start takes beside the layer."""
+        needed = NEEDS.get(self.initializer)
+        if (data is None) != (needed is None):
+            raise ValueError(
+                f"Received initializer={self.initializer!r} for layer "
+                f"'{self.name}' with{'out' * (data is None)} data to start "
+                "from. "
+                + (
+                    f"Expected `wrap_model(..., {needed}=...)`."
+                    if needed
+                    else "Expected none: this start needs none."
+                )
+            )
+        self.start_data = LOADED if isinstance(data, str) else data
 
     def triplets_needed(self, view):
         return triplets_of_start(self, view)
@@ -115,6 +136,9 @@ class LowRankAdapter(KernelAdapter):
     def lora_pair(self) -> LowRankPair:
         """A pair that starts as the options say."""
         start = STARTS[self.initializer](self)
+        if self.start_data is LOADED:
+            zeros = {"a_start": "zeros", "b_start": "zeros"}
+            start = {**start, **zeros}
         return LowRankPair(self, self.view, self.rank, seed=self.seed, **start)
 
 

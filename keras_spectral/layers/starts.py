@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_spectral._internal.checks import derived_seed
@@ -95,6 +96,89 @@ def mica(adapter):
         count, lambda u, s, v: ops.transpose(v[:, -adapter.rank :])
     )
     return {"a_start": "zeros", "b_start": b_start, "trains": "a"}
+
+
+@start
+def eva(adapter):
+    """A's columns are the inputs' first principal components, B is zero."""
+    rank = adapter.rank
+
+    def factors():
+        _, directions = adapter.start_data.components()
+        return (directions[:, :rank],)
+
+    (a_start,) = adapter.made_late(factors, lambda a: a)
+    return {"a_start": a_start}
+
+
+@start
+def corda(adapter):
+    """The first triplets of `C K`, C being the inputs' second moments."""
+    return _corda(adapter, first=True)
+
+
+@start
+def corda_kpm(adapter):
+    """The last triplets of `C K`: what the inputs use least."""
+    return _corda(adapter, first=False)
+
+
+def _corda(adapter, first):
+    rank, scale = adapter.rank, adapter.initial_scale()
+
+    def factors():
+        kernel = ops.convert_to_numpy(adapter.view.finite_matrix())
+        moments = _invertible(adapter.start_data.matrix())
+        u, s, vt = np.linalg.svd(moments @ kernel, full_matrices=False)
+        chosen = slice(0, rank) if first else slice(len(s) - rank, len(s))
+        root = np.sqrt(s[chosen] / abs(scale))
+        a = np.linalg.solve(moments, u[:, chosen]) * root
+        return a, math.copysign(1, scale) * root[:, None] * vt[chosen]
+
+    a_start, b_start = adapter.made_late(
+        factors, lambda a, b: a, lambda a, b: b
+    )
+    return {"a_start": a_start, "b_start": b_start, "keeps_start": True}
+
+
+def _invertible(moments):
+    """Second moments with as much on the diagonal as their inverse needs."""
+    size, damp = len(moments), 0.01
+    while True:
+        mean = max(float(np.mean(np.diag(moments))), 1e-30)
+        damped = moments + damp * mean * np.eye(size)
+        error = damped @ np.linalg.inv(damped) - np.eye(size)
+        if np.linalg.norm(error) <= 0.05:
+            return damped
+        damp *= 2
+
+
+@start
+def loftq(adapter):
+    """The best pair for what quantisation took from the float kernel."""
+    rank, view, scale = adapter.rank, adapter.view, adapter.initial_scale()
+
+    def factors():
+        lost = adapter.start_data - ops.convert_to_numpy(view.matrix())
+        a, b = view.factor(ops.convert_to_tensor(lost, "float32"), rank)
+        root = math.sqrt(abs(scale))
+        return a / root, math.copysign(1, scale) * b / root
+
+    a_start, b_start = adapter.made_late(
+        factors, lambda a, b: a, lambda a, b: b
+    )
+    return {"a_start": a_start, "b_start": b_start}
+
+
+# What each start has to be given beside the layer.
+NEEDS = {
+    "eva": "calibration",
+    "corda": "calibration",
+    "corda_kpm": "calibration",
+    "loftq": "original",
+}
+# In the place of that in configurations: the weights come from a file.
+LOADED = "loaded"
 
 
 def triplets_of_start(adapter, view) -> int:

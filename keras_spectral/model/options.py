@@ -4,15 +4,22 @@ import inspect
 import warnings
 from typing import Any
 
+from keras import ops
+
+from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral._internal.checks import did_you_mean
+from keras_spectral.kernels import kernel_view
 from keras_spectral.layers import METHODS
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers.member import count_own
+from keras_spectral.model.calibrate import moments_at
 from keras_spectral.model.counting import count_weights
 from keras_spectral.model.hints import option_hints
 from keras_spectral.model.hints import require
 from keras_spectral.model.paths import Place
+from keras_spectral.model.paths import places
+from keras_spectral.model.paths import subject
 
 # Bases with fewer weights are not worth a warning.
 _WORTH_NAMING = 4096
@@ -51,12 +58,46 @@ def options_per_layer(
             )
         for place in require(chosen, pattern, "overrides"):
             per_layer[place.path].update(changes)
+    for path, own in per_layer.items():
+        _give_start_data(own, path)
     # Layers of one shape must not start with the same numbers.
     for place in chosen:
         own = per_layer[place.path]
         if own.get("seed") is not None:
             own["seed"] = derived_seed(own["seed"], place.key)
     return per_layer
+
+
+def _give_start_data(own, path):
+    """Replaces what the whole model is given by what one layer needs."""
+    given = [name for name in ("calibration", "original") if name in own]
+    if len(given) > 1:
+        raise ValueError(
+            "Received calibration and original. Expected the one that "
+            f"initializer={own.get('initializer')!r} takes."
+        )
+    if "calibration" in given:
+        own["start_data"] = moments_at(own.pop("calibration"), path)
+    if "original" in given:
+        own["start_data"] = _matrix_at(own.pop("original"), path)
+
+
+def _matrix_at(original, path):
+    """The kernel at a path of a float model, as a matrix."""
+    check_model(original)
+    found = [p for p in places(original) if p.path == path]
+    if not found:
+        raise ValueError(
+            f"The original model '{original.name}' has no layer '{path}'. "
+            "Expected the same model before it was quantised."
+        )
+    view = kernel_view(subject(found[0].layer))
+    if view.quantized:
+        raise ValueError(
+            f"Layer '{path}' of the original model is quantised as well. "
+            "Expected the float model."
+        )
+    return ops.convert_to_numpy(view.matrix())
 
 
 def check_options(
