@@ -35,7 +35,9 @@ from keras_spectral.layers import LiDBDense
 from keras_spectral.layers import LoHaDense
 from keras_spectral.layers import LoKrDense
 from keras_spectral.layers import LoRADense
+from keras_spectral.layers import LoRAExperts
 from keras_spectral.layers import LoRAFADense
+from keras_spectral.layers import LoRARecurrent
 from keras_spectral.layers import OFTDense
 from keras_spectral.layers import OrthogonalAdaptation
 from keras_spectral.layers import SpectralDense
@@ -91,7 +93,9 @@ __all__ = [
     "LoHaDense",
     "LoKrDense",
     "LoRADense",
+    "LoRAExperts",
     "LoRAFADense",
+    "LoRARecurrent",
     "LowRank",
     "OFTDense",
     "OrthogonalAdaptation",
@@ -105,8 +109,8 @@ __all__ = [
     "adapter_summary",
     "adapters_alone",
     "adapters_disabled",
-    "calibrate",
     "blocks",
+    "calibrate",
     "callbacks",
     "collect_gates",
     "combine_adapters",

@@ -54,17 +54,10 @@ class BlockHost(Host):
         take_signature(self, layer)
 
     def call(self, *args, training=None, **kwargs):
-        mixed = [m for m in self.members() if m.batch_rows is not None]
-        if not mixed:
-            on = [m for m in self.members() if not m.left_out(training)]
-            return self._run(on, args, kwargs, training)
-        outputs = self._run([], args, kwargs, training)
-        for member in mixed:
-            own = self._run([member], args, kwargs, training)
-            outputs = keras.tree.map_structure(
-                member.where_chosen, own, outputs
-            )
-        return outputs
+        def run(members):
+            return self._run(members, args, kwargs, training)
+
+        return self.run_members(run, training)
 
     def _run(self, members, args, kwargs, training):
         # Blocks disagree on the name of their input.

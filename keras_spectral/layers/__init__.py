@@ -18,6 +18,8 @@ from keras_spectral.layers.loha import LoHaDense
 from keras_spectral.layers.lokr import LoKrDense
 from keras_spectral.layers.lora import LoRADense
 from keras_spectral.layers.lora_fa import LoRAFADense
+from keras_spectral.layers.multi_kernel import LoRAExperts
+from keras_spectral.layers.multi_kernel import LoRARecurrent
 from keras_spectral.layers.oft import OFTDense
 from keras_spectral.layers.orthogonal_adaptation import OrthogonalAdaptation
 from keras_spectral.layers.spectral import SpectralDense
@@ -44,7 +46,9 @@ __all__ = [
     "LoHaDense",
     "LoKrDense",
     "LoRADense",
+    "LoRAExperts",
     "LoRAFADense",
+    "LoRARecurrent",
     "OFTDense",
     "OrthogonalAdaptation",
     "SpectralDense",

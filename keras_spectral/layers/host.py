@@ -72,6 +72,22 @@ class Host(keras.layers.Wrapper):
         if self._keeps_frozen:
             self.freeze_base()
 
+    def run_members(self, run, training):
+        """What `run(members)` gives for those that are on.
+
+        In a `mixed_batch` the base runs once, and once more for each member,
+        whose rows are then taken.
+        """
+        mixed = [m for m in self.members() if m.batch_rows is not None]
+        if not mixed:
+            return run([m for m in self.members() if not m.left_out(training)])
+        outputs = run([])
+        for member in mixed:
+            outputs = keras.tree.map_structure(
+                member.where_chosen, run([member]), outputs
+            )
+        return outputs
+
     def members(self) -> list[keras.layers.Layer]:
         """The adapters that it holds; one by itself is its own member."""
         raise NotImplementedError

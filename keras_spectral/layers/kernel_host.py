@@ -160,7 +160,7 @@ def joined(pairs):
     many_a, many_b = zip(*pairs)
     if len(many_a) == 1:
         return many_a[0], many_b[0]
-    return ops.concatenate(many_a, axis=1), ops.concatenate(many_b, axis=0)
+    return ops.concatenate(many_a, axis=-1), ops.concatenate(many_b, axis=-2)
 
 
 def _total(members):

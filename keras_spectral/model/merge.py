@@ -10,6 +10,7 @@ from keras_spectral._internal.snapshot import Snapshot
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.host import Host
+from keras_spectral.layers.kernel_host import KernelHost
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hosts import Names
 from keras_spectral.model.hosts import base_weights
@@ -81,7 +82,7 @@ def merge_model(
         wide = {}
         for host in hosts(model) if dtype is not None else ():
             chosen = _active(host, names)
-            if chosen and not isinstance(host, TrainedCopy):
+            if chosen and isinstance(host, KernelHost):
                 kernel = not all(m.only_bias for m in chosen)
                 if kernel and is_small(host.layer.variable_dtype):
                     wide[host.layer] = (

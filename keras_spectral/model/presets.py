@@ -8,6 +8,8 @@ from keras_spectral.kernels import LowRank
 from keras_spectral.kernels.norm import is_norm
 from keras_spectral.kernels.norm import scale_name
 from keras_spectral.layers import BitFit
+from keras_spectral.layers import LoRAExperts
+from keras_spectral.layers import LoRARecurrent
 from keras_spectral.layers.adapter import AdapterLayer
 from keras_spectral.layers.ia3 import FEED_FORWARD_OUTPUT
 from keras_spectral.layers.kernel_adapter import KernelAdapter
@@ -125,6 +127,14 @@ def _norms(model, candidates):
     return [p for p in found if scale_name(subject(p.layer))]
 
 
+def _experts(model, candidates):
+    return [p for p in candidates if fits(LoRAExperts, subject(p.layer))]
+
+
+def _recurrent(model, candidates):
+    return [p for p in candidates if fits(LoRARecurrent, subject(p.layer))]
+
+
 def _blocks(model, candidates):
     """Transformer blocks, and attention layers that stand in none."""
     chosen = []
@@ -150,6 +160,8 @@ PRESETS = {
     "conv": _conv,
     "biases": _biases,
     "norms": _norms,
+    "experts": _experts,
+    "recurrent": _recurrent,
     "all": _all,
 }
 
