@@ -9,7 +9,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Compiling takes longer than running here.
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 lanes="tensorflow-hub tensorflow jax jax-hub torch torch-hub slow oldest"
-hub="tests/hub_sweep_test.py tests/hub_test.py tests/hub_blocks_test.py"
+hub="tests/hub_sweep_test.py tests/hub_test.py tests/hub_blocks_test.py
+    tests/hub_experts_test.py"
 
 # A lane's name is its backend and, after a dash, its part of the tests.
 lane() {

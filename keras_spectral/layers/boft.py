@@ -4,10 +4,10 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.linalg import cayley
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.oft import check_divides
-from keras_spectral.layers.rotations import cayley
 from keras_spectral.layers.rotations import rotated
 
 
@@ -100,9 +100,7 @@ class BOFTDense(KernelAdapter):
     def delta_matrix(self):
         kernel = self.view.matrix()
         turned = start = ops.transpose(self.view.by_channel(kernel))
-        d = ops.convert_to_tensor(self.boft_d)
-        turns = cayley((d - ops.transpose(d, (0, 1, 3, 2))) / 2)
-        turns = ops.cast(turns, kernel.dtype)
+        turns = ops.cast(cayley(self.unless_off(self.boft_d)), kernel.dtype)
         for i, order in enumerate(self.orders):
             # R_i K is (K^T P_i blockdiag^T P_i^T)^T.
             blocks = ops.transpose(turns[i], (0, 2, 1))

@@ -251,6 +251,11 @@ class KernelAdapter(AdapterLayer, KernelHost):
         a, b = ops.where(on, a, 0.0), ops.where(on, b * amount, 0.0)
         return (ops.cast(x, self.compute_dtype) for x in (a, b))
 
+    def unless_off(self, weight):
+        """A weight, zeros when off: TensorFlow cannot solve for NaN."""
+        on = ops.not_equal(self.amount, 0.0)
+        return ops.where(on, ops.convert_to_tensor(weight), 0.0)
+
     def weighed(self, change):
         """Strength times a change; zero when off, whatever that is."""
         strength = ops.cast(self.adapter_strength, change.dtype)

@@ -8,9 +8,9 @@ from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_whole
+from keras_spectral._internal.linalg import cayley
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
-from keras_spectral.layers.rotations import cayley
 from keras_spectral.layers.rotations import cayley_series
 from keras_spectral.layers.rotations import rotated
 from keras_spectral.layers.rotations import skew
@@ -116,7 +116,7 @@ class OFTDense(KernelAdapter):
 
     def rotations(self):
         """The blocks of R (blocks, b, b)."""
-        q = skew(ops.convert_to_tensor(self.oft_q))
+        q = skew(self.unless_off(self.oft_q))
         if self.eps is not None:
             limit = self.eps / math.sqrt(q.shape[0])
             square = ops.sum(ops.square(q), axis=(1, 2), keepdims=True)

@@ -21,12 +21,6 @@ def skew(numbers):
     return found * ops.convert_to_tensor(signs - signs.T)
 
 
-def cayley(q):
-    """The rotations `(I - Q) (I + Q)^-1` of skew matrices (.., b, b)."""
-    eye = ops.eye(q.shape[-1], dtype=q.dtype)
-    return ops.matmul(eye - q, ops.linalg.inv(eye + q))
-
-
 def cayley_series(q, terms):
     """Nearly the rotations `(I + Q) (I - Q)^-1`, the other direction.
 

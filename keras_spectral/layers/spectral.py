@@ -131,10 +131,8 @@ class SpectralDense(KernelAdapter):
             change = ops.relu(self.s + self.delta_s) - self.s
             return self.u, change[:, None] * ops.transpose(self.v)
         if self.mode == "rotate":
-            # TensorFlow cannot solve for NaN, not even to multiply it by 0.
-            on = ops.not_equal(self.amount, 0.0)
-            angles = map(ops.convert_to_tensor, (self.angles_u, self.angles_v))
-            turn_u, turn_v = (cayley(ops.where(on, x, 0.0)) for x in angles)
+            angles = map(self.unless_off, (self.angles_u, self.angles_v))
+            turn_u, turn_v = map(cayley, angles)
             stretched = turn_u * (self.stretch * self.s)
             core = ops.matmul(stretched, ops.transpose(turn_v))
             core = core - ops.diag(self.s)
