@@ -1,4 +1,4 @@
-"""RankBudget: spreads a budget of triplets over AdaLoRADense layers."""
+"""RankBudget: spreads a budget of directions over adapted layers."""
 
 import math
 import warnings
@@ -14,19 +14,21 @@ from keras_spectral._internal.optimizers import after_update
 from keras_spectral._internal.optimizers import called_after_update
 from keras_spectral._internal.optimizers import innermost
 from keras_spectral._internal.optimizers import stop_after_update
-from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers.allocation import RankAllocation
 from keras_spectral.layers.allocation import Schedule
 from keras_spectral.layers.importance import CRITERIA
 from keras_spectral.model import surgery
+from keras_spectral.model.convert import budgeted_places
 from keras_spectral.model.convert import compact_ranks
-from keras_spectral.model.hosts import adapter_places
-from keras_spectral.model.hosts import require_adapters
 from keras_spectral.optimizers import IVON
 
 
 class RankBudget(keras.callbacks.Callback):
-    """Takes the least important triplets of AdaLoRADense layers away.
+    """Takes the least important directions of adapted layers away.
+
+    These are the triplets of AdaLoRADense, the singular directions of
+    SpectralDense with `adaptive=True` and of GatedSpectralDense; triplets in
+    what follows, E being the mask or the gate.
 
     The number of triplets that may be on, over all layers, is the sum of
     their ranks b_0 for the first `warmup` steps, and b_T = `target_rank` times
@@ -75,7 +77,7 @@ class RankBudget(keras.callbacks.Callback):
         compact: Whether `compact_ranks` follows after training.
 
     Raises:
-        ValueError: A bad option. At the start of training: no AdaLoRADense,
+        ValueError: A bad option. At the start of training: no such layer,
             no steps left between warmup and final, a target above the ranks,
             a Bayesian criterion without IVON, a MultiOptimizer, an unknown
             number of steps.
@@ -135,7 +137,7 @@ class RankBudget(keras.callbacks.Callback):
         self.allocation: RankAllocation | None = None
 
     def on_train_begin(self, logs=None):
-        adapters = require_adapters(self.model, AdaLoRADense)
+        adapters = [p.layer for p in budgeted_places(self.model)]
         optimizer = self._optimizer()
         schedule = self._schedule(adapters, optimizer)
         if self.criterion != "sensitivity" and not isinstance(optimizer, IVON):
@@ -165,7 +167,7 @@ class RankBudget(keras.callbacks.Callback):
         self.model.make_train_function()
 
     def on_epoch_end(self, epoch, logs=None):
-        places = adapter_places(self.model, AdaLoRADense)
+        places = budgeted_places(self.model)
         ranks = self.allocation.ranks()
         self.ranks.append(dict(zip((p.path for p in places), ranks)))
         if logs is not None:
@@ -215,7 +217,8 @@ class RankBudget(keras.callbacks.Callback):
                 )
             accumulated = optimizer.gradient_accumulation_steps or 1
             total = epochs * steps // accumulated
-        start = sum(adapter.rank for adapter in adapters)
+        numbers = [adapter.direction_weights()[0] for adapter in adapters]
+        start = sum(number.shape[0] for number in numbers)
         end = round(self.target_rank * len(adapters))
         warmup, final = (_steps(x, total) for x in (self.warmup, self.final))
         return Schedule(warmup, final, self.interval, total, start, end)

@@ -1,50 +1,25 @@
 """AdaLoRADense: a LoRA in the form of an SVD, whose rank can be taken away."""
 
 import warnings
-from typing import Protocol
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_spectral._backend import is_training
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.budgeted import Budgeted
 from keras_spectral.layers.low_rank_pair import LowRankAdapter
 from keras_spectral.layers.low_rank_pair import LowRankPair
 
 _STDDEV = 0.02
 _SMALL = 1e-5
-_PROGRESS = "rank_budget_"  # of the names in a file of weights
 _WARNED: list[str] = []
 
 
-class Progress(Protocol):
-    """The keeper of a RankBudget's progress."""
-
-    def state(self, adapter) -> dict[str, np.ndarray]:
-        """The state that a layer saves with its weights."""
-
-    def take(self, adapter, state: dict[str, np.ndarray]) -> None:
-        """Takes the state that a layer has loaded."""
-
-
-class Loaded:
-    """Keeps what a file said until a RankBudget goes on from there."""
-
-    def __init__(self, state):
-        self._state = state
-
-    def state(self, adapter):
-        return self._state
-
-    def take(self, adapter, state):
-        self._state = state
-
-
 @register_method("adalora")
-class AdaLoRADense(LowRankAdapter):
+class AdaLoRADense(Budgeted, LowRankAdapter):
     """Low-rank adaptation by triplets: `y = base(x) + s * x (A * E) B`.
 
     A (n_in x rank) and B (rank x n_out) start normal with deviation 0.02, E
@@ -108,7 +83,6 @@ class AdaLoRADense(LowRankAdapter):
         self.orthogonality = check_number(orthogonality, "orthogonality", 0)
         self.set_dropout(dropout, seed)
         self._layers_of_model = 1
-        self.budget: Progress | None = None
 
     @classmethod
     def connect(cls, adapters):
@@ -142,27 +116,8 @@ class AdaLoRADense(LowRankAdapter):
     def factors(self):
         return self.lora_a * self.lora_e, self.lora_b
 
-    def progress(self) -> dict[str, np.ndarray]:
-        """Where a RankBudget stands, by name; empty if none has begun."""
-        return self.budget.state(self) if self.budget else {}
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        for name, value in self.progress().items():
-            store[_PROGRESS + name] = value
-
-    def load_own_variables(self, store):
-        values = {name: store[name] for name in store.keys()}
-        state = {
-            name.removeprefix(_PROGRESS): np.array(values.pop(name))
-            for name in list(values)
-            if name.startswith(_PROGRESS)
-        }
-        super().load_own_variables(values)
-        if state and self.budget is None:
-            self.budget = Loaded(state)
-        elif state:
-            self.budget.take(self, state)
+    def direction_weights(self):
+        return self.lora_e, [(self.lora_a, 0), (self.lora_b, 1)]
 
     def penalty(self):
         """This layer's share of the mean distance from orthonormality."""
@@ -170,11 +125,6 @@ class AdaLoRADense(LowRankAdapter):
         grams = ops.matmul(ops.transpose(a), a), ops.matmul(b, ops.transpose(b))
         size = sum(ops.norm(gram - ops.eye(self.rank)) for gram in grams)
         return self.layer_share * size / 2
-
-    def active_rank(self) -> int:
-        """How many triplets are on."""
-        e = ops.convert_to_numpy(self.lora_e)
-        return int((e != 0).sum())
 
 
 def _normal(seed, name):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral.layers import AdaLoRADense
+from keras_spectral.layers.budgeted import Budgeted
 from keras_spectral.layers.importance import BAYESIAN
 from keras_spectral.layers.importance import sensitivity
 
@@ -71,11 +71,11 @@ class Schedule:
 
 
 class RankAllocation:
-    """Importances, budget and masks of AdaLoRADense layers.
+    """Importances, budget and masks of adapters with directions.
 
     It holds variables of an optimizer, and is called after each of its
     updates, within the compiled step. The optimizer is saved without them:
-    the layers save, load and give them back (`AdaLoRADense.progress`).
+    the layers save, load and give them back (`Budgeted.progress`).
 
     Args:
         optimizer: A built Keras optimizer, IVON for the Bayesian criteria.
@@ -89,7 +89,7 @@ class RankAllocation:
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
-        adapters: list[AdaLoRADense],
+        adapters: list[Budgeted],
         schedule: Schedule,
         criterion: str = "sensitivity",
         beta_1: float = 0.85,
@@ -100,14 +100,14 @@ class RankAllocation:
         self.schedule = schedule
         self.criterion = criterion
         self.beta_1, self.beta_2 = beta_1, beta_2
-        self.weights = [(a.lora_e, a.lora_a, a.lora_b) for a in adapters]
+        self.weights = [a.direction_weights() for a in adapters]
         self.step = optimizer.add_variable((), dtype="int32", name="rank_step")
         self.kept = optimizer.add_variable(
             (schedule.start,), name="rank_kept", initializer="ones"
         )
         self.averages = {}
         if criterion == "sensitivity":
-            for variable in (v for three in self.weights for v in three):
+            for variable in self._variables():
                 self.averages[id(variable)] = [
                     optimizer.add_variable_from_reference(variable, name=name)
                     for name in _AVERAGES
@@ -144,7 +144,7 @@ class RankAllocation:
         kept = ops.convert_to_numpy(self.kept)
         return [int(kept[part].sum()) for part in self._parts()]
 
-    def state(self, adapter: AdaLoRADense) -> dict[str, np.ndarray]:
+    def state(self, adapter: Budgeted) -> dict[str, np.ndarray]:
         """Where it stands: the step, and what belongs to one layer."""
         kept = ops.convert_to_numpy(self.kept)
         part = self._parts()[self.adapters.index(adapter)]
@@ -153,7 +153,7 @@ class RankAllocation:
             state[name] = ops.convert_to_numpy(variable)
         return state
 
-    def take(self, adapter: AdaLoRADense, state: dict[str, np.ndarray]) -> None:
+    def take(self, adapter: Budgeted, state: dict[str, np.ndarray]) -> None:
         """Goes on where `state` stood; what it lacks starts at zero."""
         kept = ops.convert_to_numpy(self.kept).copy()
         kept[self._parts()[self.adapters.index(adapter)]] = state["kept"]
@@ -165,17 +165,27 @@ class RankAllocation:
 
     def _parts(self):
         """Where each layer's triplets are among all."""
-        ends = np.cumsum([adapter.rank for adapter in self.adapters])
-        return [slice(e - a.rank, e) for e, a in zip(ends, self.adapters)]
+        sizes = [numbers.shape[0] for numbers, _ in self.weights]
+        ends = np.cumsum(sizes).tolist()
+        return [slice(end - size, end) for end, size in zip(ends, sizes)]
+
+    def _variables(self):
+        """All variables that count."""
+        return [
+            variable
+            for numbers, others in self.weights
+            for variable in (numbers, *(other for other, _ in others))
+        ]
 
     def _named(self, adapter):
         """The averages of one layer by name."""
         if not self.averages:
             return {}
-        weights = zip("eab", self.weights[self.adapters.index(adapter)])
+        numbers, others = self.weights[self.adapters.index(adapter)]
+        weights = [numbers, *(other for other, _ in others)]
         return {
             f"{name}_{letter}": average
-            for letter, variable in weights
+            for letter, variable in zip("eab", weights)
             for name, average in zip(_AVERAGES, self.averages[id(variable)])
         }
 
@@ -183,7 +193,7 @@ class RankAllocation:
         """Ibar and Ubar, which stand still in the final steps."""
         schedule = self.schedule
         moving = step < schedule.total - schedule.final
-        for variable in (v for three in self.weights for v in three):
+        for variable in self._variables():
             if id(variable) not in gradients:
                 continue
             pair = self.averages[id(variable)]
@@ -204,10 +214,12 @@ class RankAllocation:
             return self.optimizer.moments(variable)[0]
         return ops.convert_to_tensor(variable)
 
-    def _scores(self, e, a, b):
-        """The importance of each triplet, (rank,)."""
-        parts = [self._importance(x) for x in (e, a, b)]
-        return parts[0] + ops.mean(parts[1], 0) + ops.mean(parts[2], 1)
+    def _scores(self, numbers, others):
+        """The importance of each direction, (rank,)."""
+        total = self._importance(numbers)
+        for variable, axis in others:
+            total = total + ops.mean(self._importance(variable), axis)
+        return total
 
     def _importance(self, variable):
         if self.criterion == "sensitivity":
@@ -218,10 +230,9 @@ class RankAllocation:
         return BAYESIAN[self.criterion](*moments)
 
     def _switch_off(self, keep):
-        for adapter, part in zip(self.adapters, self._parts()):
-            part = keep[part]
+        for (numbers, _), part in zip(self.weights, self._parts()):
             if hasattr(self.optimizer, "multiply_mean"):
-                self.optimizer.multiply_mean(adapter.lora_e, part)
+                self.optimizer.multiply_mean(numbers, keep[part])
             else:
-                e = ops.convert_to_tensor(adapter.lora_e)
-                adapter.lora_e.assign(e * part)
+                value = ops.convert_to_tensor(numbers)
+                numbers.assign(value * keep[part])

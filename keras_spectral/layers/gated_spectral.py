@@ -7,13 +7,14 @@ from keras_spectral._backend import eagerly
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.budgeted import Budgeted
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.spectral import add_triplets
 from keras_spectral.layers.spectral import check_columns_exist
 
 
 @register_method("gated_spectral")
-class GatedSpectralDense(KernelAdapter):
+class GatedSpectralDense(Budgeted, KernelAdapter):
     """Gated spectral adapter: stretches the kernel's leading directions.
 
     `K' = K + U_k diag(S_k g) V_k^T`, which is the kernel with its first k
@@ -86,6 +87,9 @@ class GatedSpectralDense(KernelAdapter):
 
     def factors(self):
         return self.u, (self.s * self.gates)[:, None] * ops.transpose(self.v)
+
+    def direction_weights(self):
+        return self.gates, []
 
     def active_gates(self, threshold: float = 0.01) -> int:
         """How many gates are larger than `threshold` in size."""

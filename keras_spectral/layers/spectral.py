@@ -7,14 +7,16 @@ from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import is_whole
 from keras_spectral._internal.linalg import cayley
+from keras_spectral.kernels.spectra import Triplets
 from keras_spectral.layers.adapter import register_method
+from keras_spectral.layers.budgeted import Budgeted
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 
 _DEFAULT_RANK = 8
 
 
 @register_method("spectral")
-class SpectralDense(KernelAdapter):
+class SpectralDense(Budgeted, KernelAdapter):
     """Spectral adapter: moves singular vectors or values of the kernel.
 
     With the kernel's thin SVD `K = U diag(S) V^T`, the chosen triplets
@@ -25,6 +27,9 @@ class SpectralDense(KernelAdapter):
       weights, an update of rank up to 2r. As many weights as LoRA, and it
       starts in the directions that the kernel uses most. With
       `shift_values` it has `diag(S1 + dS)`: r weights more, from zero on.
+      With `adaptive` dU, dV and dS are times a trained mask m (r), ones at
+      the start: `RankBudget` shares directions out among layers by setting
+      numbers of it to zero, and `compact_ranks` drops these.
     - `mode="rotate"`: `K' = [U1 Q(a), U2] diag(c S1, S2) [V1 Q(b), V2]^T`,
       where Q is the Cayley map. a, b (r x r) start at zero, c (r) at one;
       `2 r^2 + r` weights, whatever the layer's size.
@@ -51,6 +56,7 @@ class SpectralDense(KernelAdapter):
             first of `rank` consecutive ones, or a list of numbers. Adapters
             on disjoint columns can be fused without loss (`fuse_adapters`).
         shift_values: Whether `mode="additive"` also trains a shift of S1.
+        adaptive: Whether `mode="additive"` has a mask for a RankBudget.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
 
     Call arguments:
@@ -80,6 +86,7 @@ class SpectralDense(KernelAdapter):
         mode="additive",
         columns=0,
         shift_values=False,
+        adaptive=False,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
@@ -90,6 +97,12 @@ class SpectralDense(KernelAdapter):
                 f"Received shift_values=True with mode={mode!r}. Expected "
                 "mode='additive': the other modes train singular values "
                 "anyway."
+            )
+        self.adaptive = check_flag(adaptive, "adaptive")
+        if adaptive and mode != "additive":
+            raise ValueError(
+                f"Received adaptive=True with mode={mode!r}. Expected "
+                "mode='additive': a rotation has no directions of its own."
             )
         if rank is not None:
             rank = check_rank(rank)
@@ -125,6 +138,54 @@ class SpectralDense(KernelAdapter):
                 name=name, shape=shape, initializer=start
             )
             setattr(self, name, variable)
+        if self.adaptive:
+            self.mask = self.add_weight(
+                name="mask", shape=(self.rank,), initializer="ones"
+            )
+
+    @property
+    def has_budget(self):
+        return self.adaptive
+
+    def direction_weights(self):
+        return self.mask, [(self.delta_u, 0), (self.delta_v, 0)]
+
+    def with_directions(self, numbers):
+        """A layer with some of the directions, masks folded in, and its fill.
+
+        Args:
+            numbers: Which of them, an array.
+        """
+        columns = [self.column_list[n] for n in numbers]
+        new = SpectralDense(
+            self.layer, columns=columns, shift_values=self.shift_values
+        )
+        known = self.view.n_in, self.view.n_out
+        count = max(columns) + 1
+        new.give_triplets(
+            Triplets(
+                ops.zeros((known[0], count)),
+                ops.zeros((count,)),
+                ops.zeros((known[1], count)),
+            )
+        )
+
+        def fill():
+            for name in ("u", "s", "v"):
+                value = ops.convert_to_tensor(getattr(self, name))
+                getattr(new, name).assign(ops.take(value, numbers, axis=-1))
+            for name, change in self._changes().items():
+                getattr(new, name).assign(ops.take(change, numbers, axis=-1))
+
+        return new, fill
+
+    def _changes(self):
+        """The trained changes of directions, masks in them."""
+        names = ["delta_u", "delta_v", *["delta_s"] * self.shift_values]
+        found = {n: ops.convert_to_tensor(getattr(self, n)) for n in names}
+        if not self.adaptive:
+            return found
+        return {name: change * self.mask for name, change in found.items()}
 
     def factors(self):
         if self.mode == "values":
@@ -137,16 +198,19 @@ class SpectralDense(KernelAdapter):
             core = ops.matmul(stretched, ops.transpose(turn_v))
             core = core - ops.diag(self.s)
             return self.u, ops.matmul(core, ops.transpose(self.v))
+        changes = self._changes()
+        delta_u, delta_v = changes["delta_u"], changes["delta_v"]
         if self.shift_values:
             # The same with S1 + dS, and x U1 dS V1^T beside it.
-            s = self.s + self.delta_s
-            a = ops.concatenate([self.u, self.delta_u * s], axis=1)
-            first = self.v * self.delta_s + self.delta_v * s
-            b = ops.concatenate([first, self.v + self.delta_v], axis=1)
+            delta_s = changes["delta_s"]
+            s = self.s + delta_s
+            a = ops.concatenate([self.u, delta_u * s], axis=1)
+            first = self.v * delta_s + delta_v * s
+            b = ops.concatenate([first, self.v + delta_v], axis=1)
             return a, ops.transpose(b)
         # x U1 S1 dV^T + x dU S1 (V1 + dV)^T
-        a = ops.concatenate([self.u * self.s, self.delta_u * self.s], axis=1)
-        b = ops.concatenate([self.delta_v, self.v + self.delta_v], axis=1)
+        a = ops.concatenate([self.u * self.s, delta_u * self.s], axis=1)
+        b = ops.concatenate([delta_v, self.v + delta_v], axis=1)
         return a, ops.transpose(b)
 
     def _column_list(self, view):

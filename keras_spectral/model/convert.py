@@ -11,17 +11,20 @@ from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels.spectra import Triplets
-from keras_spectral.layers import AdaLoRADense
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import DecayingLoRA
 from keras_spectral.layers import GatedSpectralDense
 from keras_spectral.layers import LoRADense
+from keras_spectral.layers import SpectralDense
+from keras_spectral.layers.budgeted import Budgeted
 from keras_spectral.model import surgery
 from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import check_model
 from keras_spectral.model.hosts import exchange_members
 from keras_spectral.model.hosts import keep_all
 from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.paths import Place
 from keras_spectral.model.training import set_flags
 
 
@@ -126,19 +129,21 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
 
 
 def compact_ranks(model: keras.Model) -> dict[str, int]:
-    """Drops the triplets of AdaLoRADense layers that are off, for good.
+    """Drops the directions of adapters that are off, for good.
 
-    Each layer becomes a LoRADense of the rank that is left, with the same
-    outputs; one without a triplet left loses its adapter.
+    Each AdaLoRADense or GatedSpectralDense becomes a LoRADense of the rank
+    that is left, each adaptive SpectralDense one of the columns that are
+    left, with the same outputs; one without any left loses its adapter.
 
     Args:
-        model: A model wrapped with "adalora".
+        model: A model wrapped with "adalora", "gated_spectral" or "spectral"
+            with `adaptive=True`.
 
     Returns:
         The rank that is left at each path.
 
     Raises:
-        ValueError: The model has no AdaLoRADense, they are switched off, or
+        ValueError: The model has no such layer, they are switched off, or
             all triplets of the model are off. It is then as it was.
 
     Example:
@@ -152,9 +157,9 @@ def compact_ranks(model: keras.Model) -> dict[str, int]:
     >>> compact_ranks(model)
     {'hidden': 2}
     """
-    for adapter in require_adapters(model, AdaLoRADense):
-        adapter.check_active()
-    found = adapter_places(model, AdaLoRADense)
+    found = budgeted_places(model)
+    for place in found:
+        place.layer.check_active()
     ranks = {place.path: place.layer.active_rank() for place in found}
     if not any(ranks.values()):
         raise ValueError(
@@ -163,15 +168,19 @@ def compact_ranks(model: keras.Model) -> dict[str, int]:
         )
 
     def make(old):
-        on = ops.convert_to_numpy(old.lora_e).nonzero()[0]
+        numbers, _ = old.direction_weights()
+        on = ops.convert_to_numpy(numbers).nonzero()[0]
+        if isinstance(old, SpectralDense):
+            return old.with_directions(on)
+        rank = len(on)
         new = LoRADense(
-            old.layer, rank=len(on), alpha=float(old.adapter_scale) * len(on)
+            old.layer, rank=rank, alpha=float(old.adapter_scale) * rank
         )
 
         def fill():
-            a = ops.convert_to_tensor(old.lora_a * old.lora_e)
+            a, b = map(ops.convert_to_tensor, old.factors())
             new.lora_a.assign(ops.take(a, on, axis=1))
-            new.lora_b.assign(ops.take(old.lora_b, on, axis=0))
+            new.lora_b.assign(ops.take(b, on, axis=0))
 
         return new, fill
 
@@ -179,6 +188,27 @@ def compact_ranks(model: keras.Model) -> dict[str, int]:
     exchange(model, [a for a in adapters if a.active_rank()], make)
     drop(model, [a for a in adapters if not a.active_rank()])
     return ranks
+
+
+def budgeted_places(model: keras.Model) -> list[Place]:
+    """Where adapters are whose directions a budget can take away.
+
+    Raises:
+        ValueError: There are none.
+    """
+    check_model(model)
+    found = [
+        place
+        for place in adapter_places(model)
+        if isinstance(place.layer, Budgeted) and place.layer.has_budget
+    ]
+    if not found:
+        raise ValueError(
+            f"Model '{model.name}' has no adapters whose ranks can be taken "
+            "away. Expected a model wrapped with 'adalora', with 'spectral' "
+            "and adaptive=True, or with 'gated_spectral'."
+        )
+    return found
 
 
 def drop(model: keras.Model, adapters: list[AdapterLayer]) -> None:

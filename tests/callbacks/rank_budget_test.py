@@ -331,3 +331,49 @@ def test_many_optimizers_are_refused():
     model.compile(keras.optimizers.MultiOptimizer(table), "mse")
     with pytest.raises(ValueError, match="one optimizer for all"):
         model.fit(*_data(), verbose=0, callbacks=[ks.callbacks.RankBudget(1)])
+
+
+SPECTRAL = {
+    "spectral": {"rank": 4, "adaptive": True, "shift_values": True},
+    "gated_spectral": {"directions": 4, "l1": 0.0},
+}
+
+
+@pytest.mark.parametrize("method", SPECTRAL)
+def test_singular_directions_have_a_budget(method):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, "tanh", name="first"),
+            keras.layers.Dense(5, name="second"),
+        ]
+    )
+    ks.wrap_model(model, method, target=["first", "second"], **SPECTRAL[method])
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    budget = ks.callbacks.RankBudget(1.5, warmup=2, final=4, interval=2)
+    x, y = _data()
+    history = model.fit(
+        x, y, batch_size=16, epochs=8, verbose=0, callbacks=[budget]
+    ).history
+    assert history["rank_budget"][0] == 8 and history["rank_budget"][-1] == 3
+    ranks = budget.ranks[-1]
+    assert sum(ranks.values()) == 3
+    assert [m.active_rank() for m in model.layers] == list(ranks.values())
+    outputs = _numpy(model(x))
+    assert ks.compact_ranks(model) == ranks
+    np.testing.assert_allclose(_numpy(model(x)), outputs, atol=1e-5)
+    left = [layer for layer in model.layers if hasattr(layer, "adapter_name")]
+    expected = ks.SpectralDense if method == "spectral" else ks.LoRADense
+    assert all(type(layer) is expected for layer in left)
+    assert [layer.rank for layer in left] == [n for n in ranks.values() if n]
+    model.fit(x, y, verbose=0)
+
+
+def test_without_directions_there_is_no_budget():
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5)])
+    ks.wrap_model(model, "spectral", "all", rank=2)
+    model.compile("adam", "mse")
+    x, y = _data()
+    with pytest.raises(ValueError, match="'spectral' and adaptive=True"):
+        model.fit(x, y, verbose=0, callbacks=[ks.callbacks.RankBudget(1)])

@@ -31,6 +31,12 @@ def _shifted(variant, adapter, u, s, v, delta_u, delta_v, delta_s):
     return on_blocks(adapter, spectral_matrix(u, s, v, **new))
 
 
+def _adaptive(variant, adapter, mask, delta_u, delta_v, delta_s, **weights):
+    masked = (delta_u * mask, delta_v * mask, delta_s * mask)
+    names = ("delta_u", "delta_v", "delta_s")
+    return _shifted(variant, adapter, **weights, **dict(zip(names, masked)))
+
+
 def _rotate(variant, adapter, u, s, v, angles_u, angles_v, stretch):
     turned = u @ _rotation(angles_u), s * stretch, v @ _rotation(angles_v)
     return on_blocks(adapter, spectral_matrix(u, s, v, *turned))
@@ -66,6 +72,14 @@ VARIANTS = [
         {"rank": 2, "columns": 1, "shift_values": True},
         _shifted,
         lambda case, layer: 2 * (case.size + 1),
+        cases=layer_cases.named("dense", "conv_2d_strided"),
+    ),
+    Variant(
+        ks.SpectralDense,
+        "adaptive",
+        {"rank": 2, "shift_values": True, "adaptive": True},
+        _adaptive,
+        lambda case, layer: 2 * (case.size + 2),
         cases=layer_cases.named("dense", "conv_2d_strided"),
     ),
     Variant(
@@ -204,3 +218,8 @@ def test_a_bad_column_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="dense.*singular values"):
         ks.wrap_model(model, "spectral", target=keras.layers.Dense, columns=[5])
     assert model.layers[0] is layer and layer.trainable
+
+
+def test_adaptive_needs_directions_of_its_own():
+    with pytest.raises(ValueError, match="adaptive=True with mode='rotate'"):
+        _layer(mode="rotate", adaptive=True)
