@@ -61,6 +61,7 @@ from keras_spectral.model.names import delete_adapter
 from keras_spectral.model.names import mixed_batch
 from keras_spectral.model.names import rename_adapter
 from keras_spectral.model.names import set_adapters
+from keras_spectral.model.quantize import quantize_with_lora
 from keras_spectral.model.summary import adapter_summary
 from keras_spectral.model.wrap import wrap_model
 from keras_spectral.saving import fuse_adapters
@@ -133,6 +134,7 @@ __all__ = [
     "optimizers",
     "plots",
     "prune_parts",
+    "quantize_with_lora",
     "rename_adapter",
     "save_adapters",
     "save_peft",

@@ -159,8 +159,14 @@ def loftq(adapter):
     rank, view, scale = adapter.rank, adapter.view, adapter.initial_scale()
 
     def factors():
-        lost = adapter.start_data - ops.convert_to_numpy(view.matrix())
+        original = adapter.start_data
+        lost = original - ops.convert_to_numpy(view.matrix())
         a, b = view.factor(ops.convert_to_tensor(lost, "float32"), rank)
+        left = lost - ops.convert_to_numpy(ops.matmul(a, b))
+        size = max(float(np.linalg.norm(original)), 1e-30)
+        adapter.start_errors = tuple(
+            float(np.linalg.norm(x)) / size for x in (lost, left)
+        )
         root = math.sqrt(abs(scale))
         return a / root, math.copysign(1, scale) * b / root
 

@@ -28,6 +28,11 @@ class SummaryRow:
 
     A quantised kernel counts as its numbers, not as packed bytes, and scales
     of a quantisation do not count.
+
+    Attributes:
+        errors: With LoftQ how far the layer is from the float kernel without
+            the adapter and at its start with it, relative to the kernel by
+            the Frobenius norm; else None.
     """
 
     path: str
@@ -38,6 +43,7 @@ class SummaryRow:
     frozen: int
     adapter: str | None = None
     strength: float | None = None
+    errors: tuple[float, float] | None = None
 
     @property
     def total(self) -> int:
@@ -101,8 +107,8 @@ def adapter_summary(
     """
     check_model(model)
     found = [row for place in places(model) for row in _rows(place)]
-    found += _shared_rows(model)
     rows = tuple(r for r in found if r.adapter is not None or r.trainable)
+    rows += tuple(_shared_rows(model))
     raw = tuple(
         row
         for place in places(model)
@@ -137,6 +143,7 @@ def _rows(place):
                 rank=getattr(member, "rank", None),
                 adapter=member.adapter_name,
                 strength=member.current_strength(),
+                errors=getattr(member, "start_errors", None),
             )
         )
     if not whole:
@@ -199,6 +206,9 @@ def _table(model, summary):
     table.add_column("method", no_wrap=True)
     for name in ("rank", "trainable", "frozen", "total"):
         table.add_column(name, justify="right", no_wrap=True)
+    lost = any(row.errors for row in summary.rows)
+    if lost:
+        table.add_column("lost %", justify="right", no_wrap=True)
     for rows, note in ((summary.rows, "trained"), (summary.raw, "raw kernel")):
         for label, group in grouped(rows, _size):
             row = group[0]
@@ -211,6 +221,7 @@ def _table(model, summary):
                 row.method or note,
                 rank,
                 *(f"{len(group) * n:,}" for n in counts),
+                *[_lost(group)] * lost,
             )
         table.add_section()
     frozen = summary.total - summary.trainable
@@ -224,6 +235,13 @@ def _table(model, summary):
         *(f"{n:,}" for n in counts),
     )
     return table
+
+
+def _lost(group):
+    """The mean errors of a group in %, before and after."""
+    errors = [row.errors for row in group if row.errors]
+    means = [100 * sum(column) / len(errors) for column in zip(*errors)]
+    return " -> ".join(f"{mean:.2g}" for mean in means)
 
 
 def _named(row):
