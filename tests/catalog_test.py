@@ -20,6 +20,8 @@ BASES = {
     "key-value-ffn": lambda: layers.Dense(6, name="value"),
     "biases": lambda: layers.Dense(6, name="dense"),
     "norms": lambda: layers.LayerNormalization(),
+    "recurrent": lambda: layers.GRU(4),
+    "experts": lambda: block_cases.Experts(),
 }
 
 

@@ -35,6 +35,7 @@ def _outputs(model):
     return ops.convert_to_numpy(model(_x(model)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("method", "options", "rank"),
     [

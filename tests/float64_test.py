@@ -99,6 +99,7 @@ def test_wrap_call_save_load_merge(name, make, tmp_path):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", [_dense, _conv])
 @pytest.mark.parametrize("recover", [None, "lora"])
 def test_compression(make, recover, tmp_path):

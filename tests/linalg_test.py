@@ -61,6 +61,7 @@ def test_error_is_honest_where_the_spectrum_is_flat():
     )
 
 
+@pytest.mark.once
 def test_batches_equal_single_matrices_and_signs_are_fixed():
     stack = np.stack([_matrix(0.6 ** np.arange(60), seed=i)[0] for i in (1, 2)])
     for function in (truncated_svd, randomized_svd):

@@ -23,6 +23,15 @@ NAMES = [
 ]
 
 
+BASES = {
+    "conv": lambda: layers.Conv1D(4, 3),
+    "norms": lambda: layers.LayerNormalization(),
+    "recurrent": lambda: layers.GRU(4),
+    "experts": lambda: block_cases.Experts(),
+}
+SMALL = {"rank": 2, "block_size": 2, "down": 3, "up": 2}
+
+
 def _case(name):
     """A model with a method in it, and two inputs."""
     kind, rng = METHODS[name], np.random.default_rng(0)
@@ -34,8 +43,7 @@ def _case(name):
         backbone = keras.Sequential([ids, layers.Embedding(9, 4)])
         model = keras.Sequential([ids, backbone, layers.Dense(2)])
         return model, backbone, [rng.integers(0, 9, (2, 4)) for _ in "ab"]
-    conv = kind.default_target == "conv"
-    base = layers.Conv1D(4, 3) if conv else layers.Dense(4, "tanh")
+    base = BASES.get(kind.default_target, lambda: layers.Dense(4, "tanh"))()
     model = keras.Sequential([keras.Input((5, 6)), base, layers.Dense(2)])
     return model, base, [rng.normal(size=(3, 5, 6)) for _ in "ab"]
 
@@ -44,7 +52,8 @@ def _case(name):
 def test_two_threads_call_one_model(name):
     keras.utils.set_random_seed(0)
     model, target, given = _case(name)
-    options = {"rank": 2} if "rank" in METHODS[name].option_names() else {}
+    known = METHODS[name].option_names()
+    options = {k: v for k, v in SMALL.items() if k in known}
     rng = np.random.default_rng(1)
     for adapter in ("one", "two"):
         ks.wrap_model(model, name, target, adapter=adapter, **options)

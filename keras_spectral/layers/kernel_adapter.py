@@ -162,7 +162,8 @@ class KernelAdapter(AdapterLayer, KernelHost):
             def start(shape, dtype=None):
                 if asks_shapes_only():
                     return ops.zeros(shape, dtype)
-                return ops.cast(function(*make()), dtype)
+                # A buffer of its own, as JAX wants for each variable.
+                return ops.copy(ops.cast(function(*make()), dtype))
 
             return start
 

@@ -70,6 +70,7 @@ def _snapshot(model):
     return [w.numpy().copy() for w in model.weights]
 
 
+@pytest.mark.once
 @CASES
 def test_full_rank_equals_the_layer(case, tmp_path):
     layer = _built(case)
@@ -88,6 +89,7 @@ def test_full_rank_equals_the_layer(case, tmp_path):
     np.testing.assert_array_equal(_numpy(again(x)), _numpy(model(x)))
 
 
+@pytest.mark.once
 @CASES
 def test_a_low_rank_layer_is_its_matrix(case):
     """Rank 2, against the layer itself with that kernel."""
@@ -102,6 +104,7 @@ def test_a_low_rank_layer_is_its_matrix(case):
     np.testing.assert_allclose(got, _numpy(layer(x)), atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("slices", [1, 2, 4])
 def test_slices_of_the_input_channels(slices):
     """Each slice's own truncated SVD, summed, in numpy."""
@@ -414,6 +417,7 @@ def test_sliced_layers_are_joined_with_an_adapter():
     assert np.abs(expected - plain).max() > 0.1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("decay_bias", [False, True])
 @CASES
 def test_finished_transfer_is_the_pair_alone(case, decay_bias):
@@ -502,6 +506,7 @@ def test_models_that_cannot_be_compressed():
         ks.compress_model(secret, 0.5)
 
 
+@pytest.mark.once
 def test_golden_convolution_at_full_rank():
     root = os.environ.get("KERAS_SPECTRAL_GOLDEN", "golden")
     path = pathlib.Path(root, "convlora_g1.npz")
@@ -546,6 +551,7 @@ def test_distillation_from_the_original():
     assert before < 0.7 and agreement() > before + 0.2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["dense", "conv2d"])
 def test_a_pair_draws_no_random_weights(kind, monkeypatch):
     x = keras.random.uniform((2, 8, 8, 6))

@@ -107,6 +107,7 @@ def test_each_optimizer_equals_several_with_their_own_rates(name):
     _assert_equal(got, _each_alone(make, values, gradients), values)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options",
     [

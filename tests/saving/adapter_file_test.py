@@ -317,6 +317,7 @@ def _classifier(classes, seed=0):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("heads", [None, []])
 def test_another_number_of_classes(tmp_path, heads):
     """The message says the way out, and the way leads out."""
