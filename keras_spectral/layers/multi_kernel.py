@@ -139,7 +139,10 @@ class MultiKernelLoRA(AdapterLayer, MultiKernelHost):
         amount = self.amount
         on = ops.not_equal(amount, 0.0)
         return {
-            name: (ops.where(on, a, 0.0), ops.where(on, b * amount, 0.0))
+            name: (
+                ops.where(on, ops.convert_to_tensor(a), 0.0),
+                ops.where(on, b * amount, 0.0),
+            )
             for name, (a, b) in self.pairs.items()
         }
 
