@@ -131,8 +131,10 @@ class LoKrDense(LowRankAdapter):
         return self.view.shaped(columns)
 
     def delta_matrix(self):
-        matrix = ops.kron(self._matrix("w1"), self._matrix("w2"))
-        return self.view.by_offset(matrix * self.adapter_scale)
+        w1, w2 = self._matrix("w1"), self._matrix("w2")
+        matrix = ops.einsum("io,kp->ikop", w1, w2 * self.adapter_scale)
+        matrix = ops.reshape(matrix, (self.view.n_in, self.view.n_out))
+        return self.view.by_offset(matrix)
 
     def kernel_change(self):
         return self.view.from_matrix(self.delta_matrix())
