@@ -17,9 +17,9 @@ from keras_spectral.layers.lidb import LiDBDense
 from keras_spectral.layers.loha import LoHaDense
 from keras_spectral.layers.lokr import LoKrDense
 from keras_spectral.layers.lora import LoRADense
+from keras_spectral.layers.lora_experts import LoRAExperts
 from keras_spectral.layers.lora_fa import LoRAFADense
-from keras_spectral.layers.multi_kernel import LoRAExperts
-from keras_spectral.layers.multi_kernel import LoRARecurrent
+from keras_spectral.layers.lora_recurrent import LoRARecurrent
 from keras_spectral.layers.oft import OFTDense
 from keras_spectral.layers.orthogonal_adaptation import OrthogonalAdaptation
 from keras_spectral.layers.spectral import SpectralDense
