@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from peft_folders import distance
 from peft_folders import read
 from peft_models import FAMILIES
@@ -19,6 +18,7 @@ import keras_spectral as ks
 from keras_spectral.model.hosts import adapter_places
 
 peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore")]
 
 _BERT = {"target_modules": ["query", "value", "dense"]}
