@@ -11,6 +11,10 @@ from keras import ops
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
+import keras_spectral as ks
+from keras_spectral.layers.member import own_weights
+from keras_spectral.model.hosts import member_places
+
 START = "base_model.model."
 _LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 _SIZES = {
@@ -126,3 +130,40 @@ def lora(path, n_in, n_out, rank=2, seed=0):
     """The two tensors of a module."""
     a, b = pair(n_in, n_out, rank, seed)
     return {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+
+
+def assert_refused(folder, match, error=ValueError, model=None):
+    """Checks that loading raises and changes nothing."""
+    model = model or bert()
+    before, trained = outputs(model), len(model.trainable_weights)
+    names = ks.adapter_names(model)
+    with pytest.raises(error, match=match):
+        ks.load_peft(model, folder)
+    assert ks.adapter_names(model) == names
+    np.testing.assert_array_equal(outputs(model), before)
+    assert len(model.trainable_weights) == trained
+    return model
+
+
+def trained(model, method, target, seed=0, **options):
+    """Wraps a model and gives every trained weight a number of its own."""
+    ks.wrap_model(model, method, target, **options)
+    rng = np.random.default_rng(seed)
+    for weight in model.trainable_weights:
+        weight.assign(weight + rng.normal(0, 0.1, weight.shape))
+    return model
+
+
+def weights(model):
+    """All numbers of a model's adapters, by place, method and name."""
+    return {
+        (place.key, type(place.layer).__name__, w.name): ops.convert_to_numpy(w)
+        for place in member_places(model)
+        for w in own_weights(place.layer)
+    }
+
+
+def check_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, str(name))

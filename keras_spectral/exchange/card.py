@@ -12,6 +12,15 @@ _TASKS = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
+_SIZES = {
+    "lora_alpha": "alpha",
+    "alpha": "alpha",
+    "oft_block_size": "block size",
+    "boft_block_size": "block size",
+    "boft_block_num": "blocks",
+    "boft_n_butterfly_factor": "factors",
+}
+
 
 def model_card(
     model: keras.Model, config: dict, errors: dict[str, float]
@@ -82,11 +91,16 @@ def model_card(
 
 
 def _sizes(config):
-    if "r" not in config:
-        return []
-    ranks = {config["r"], *config["rank_pattern"].values()}
-    ranks = ", ".join(map(str, sorted(ranks)))
-    return [f"- rank: {ranks}", f"- alpha: {config['lora_alpha']}"]
+    lines = []
+    if config.get("r"):
+        ranks = {config["r"], *config.get("rank_pattern", {}).values()}
+        ranks = ", ".join(map(str, sorted(ranks)))
+        of_blocks = "block_share" in config
+        lines.append(f"- {'blocks' if of_blocks else 'rank'}: {ranks}")
+    for name, word in _SIZES.items():
+        if config.get(name):
+            lines.append(f"- {word}: {config[name]}")
+    return lines
 
 
 def _classes(config):

@@ -1,7 +1,6 @@
 """What the tensors of an adapter's folder mean in a model."""
 
 import collections
-import re
 
 import numpy as np
 from keras import ops
@@ -11,30 +10,20 @@ from keras_spectral.exchange.config import is_saved_module
 from keras_spectral.exchange.config import is_target
 from keras_spectral.exchange.config import matching_key
 from keras_spectral.exchange.folder import CONFIG
+from keras_spectral.exchange.kinds import KINDS
 from keras_spectral.exchange.names import Found
 from keras_spectral.exchange.names import HubNames
 from keras_spectral.exchange.pieces import Piece
-from keras_spectral.exchange.pieces import adalora_pieces
-from keras_spectral.exchange.pieces import ia3_pieces
-from keras_spectral.exchange.pieces import lora_pieces
+from keras_spectral.exchange.readers import PIECES
+from keras_spectral.exchange.readers import SUFFIX
+from keras_spectral.exchange.readers import start_of
 from keras_spectral.layers.bitfit import bias_name
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import describe
 from keras_spectral.model.paths import subject
 
-_SUFFIX = re.compile(
-    r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_[ABE]|ia3_l"
-    r"|lora_magnitude_vector)(?:\.weight)?"
-)
-# How the pieces of each kind that sits on single layers are read.
-_PIECES = {"LORA": lora_pieces, "ADALORA": adalora_pieces, "IA3": ia3_pieces}
 # Parts of Hugging Face's tasks that a bare backbone does without.
 _HEADS = ("classifier", "lm_head", "pooler", "pre_classifier", "score")
-
-
-def start_of(kind: str) -> str:
-    """What the names of tensors begin with, by the kind of adapter."""
-    return "base_model." if kind in prompts.METHODS else "base_model.model."
 
 
 class Content:
@@ -48,6 +37,7 @@ class Content:
 
     Attributes:
         pieces: Adapters of single layers.
+        shared: What these share, by weight.
         copies: For the key of each layer that trains as a copy its place and
             its values, by attribute.
         left_out: Tensors of a task that the model, a bare backbone, has not.
@@ -57,6 +47,7 @@ class Content:
         self.names = HubNames(model)
         self.config, self.folder = config, folder
         self.pieces: list[Piece] = []
+        self.shared: dict[str, np.ndarray] = {}
         self.copies: dict[str, tuple[Place, dict]] = {}
         self.left_out: list[str] = []
         self._biases: dict[str, tuple[Place, np.ndarray]] = {}
@@ -86,16 +77,24 @@ class Content:
 
     def _modules(self, tensors):
         """Takes the tensors of adapted modules; returns the others."""
-        modules, others = self._sorted(tensors)
+        kind = KINDS.get(self.config["peft_type"])
+        names = kind.shared if kind else ()
+        shared = {key: tensors[key] for key in names if key in tensors}
+        rest = {k: x for k, x in tensors.items() if k not in shared}
+        modules, others = self._sorted(rest)
         self._check_targets(modules)
-        read = _PIECES[self.config["peft_type"]]
+        read = PIECES[self.config["peft_type"]]
+        adapted = []
         for path, found in self._found.items():
             parts = self.names.parts(found.name)
             self._check_tables(parts, path)
+            adapted += parts
             for piece in read(parts, modules[path], self.config, path):
                 self.pieces.append(piece)
                 if piece.bias is not None:
                     self._add_bias(piece.place, piece.bias)
+        if kind:
+            self.shared = kind.read_shared(shared, adapted, self.config)
         return others
 
     def _sorted(self, tensors):
@@ -105,7 +104,7 @@ class Content:
         for key, tensor in tensors.items():
             path = key.removeprefix(self._start)
             path = path.replace(".modules_to_save.", ".")
-            match = _SUFFIX.fullmatch(path)
+            match = SUFFIX.fullmatch(path)
             if not key.startswith(self._start):
                 unknown.append(key)
             elif ".original_module." in path:

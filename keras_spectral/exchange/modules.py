@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_spectral.exchange.names import HubNames
 from keras_spectral.exchange.names import Part
-from keras_spectral.exchange.pairs import Pair
 from keras_spectral.exchange.pairs import join_pairs
 from keras_spectral.exchange.pairs import pair_of
 from keras_spectral.layers import DoRADense
@@ -33,7 +32,7 @@ def lora_tensors(
     for place in adapters:
         pairs[place.key], errors[place.path] = pair_of(place.layer, rank)
     rooted = all(pair.rooted for pair in pairs.values())
-    modules, joined = _modules_of(names, adapters), {}
+    modules, joined = modules_of(names, adapters), {}
     for module, parts in modules.items():
         pair = join_pairs(parts, pairs)
         joined[names.path(module)] = pair.with_scale(pair.scale, rooted)
@@ -44,12 +43,12 @@ def lora_tensors(
         tensors |= _pair_tensors(path, joined[path], parts[0], layout)
     fields = {
         "peft_type": "LORA",
-        **_ranks(joined),
+        **ranks({k: (p.rank, p.alpha) for k, p in joined.items()}),
         "use_rslora": rooted,
         "use_dora": any(directed),
         "lora_dropout": max(place.layer.dropout for place in adapters),
         "bias": "none",
-        "fan_in_fan_out": _is_turned(modules),
+        "fan_in_fan_out": is_turned(modules),
         "target_modules": sorted(joined),
         "init_lora_weights": True,
     }
@@ -59,7 +58,7 @@ def lora_tensors(
 def ia3_tensors(names: HubNames, adapters: list[Place]) -> Written:
     """The tensors of an IA3, its fields, and errors by path."""
     by_key = {place.key: place.layer for place in adapters}
-    modules = _modules_of(names, adapters)
+    modules = modules_of(names, adapters)
     tensors, inward = {}, []
     for module, parts in modules.items():
         path = names.path(module)
@@ -93,15 +92,13 @@ def ia3_tensors(names: HubNames, adapters: list[Place]) -> Written:
         "peft_type": "IA3",
         "target_modules": sorted(map(names.path, modules)),
         "feedforward_modules": sorted(inward),
-        "fan_in_fan_out": _is_turned(modules),
+        "fan_in_fan_out": is_turned(modules),
         "init_ia3_weights": True,
     }
     return tensors, fields, {place.path: 0.0 for place in adapters}
 
 
-def _modules_of(
-    names: HubNames, adapters: list[Place]
-) -> dict[str, list[Part]]:
+def modules_of(names: HubNames, adapters: list[Place]) -> dict[str, list[Part]]:
     """The modules that the adapted layers make."""
     wanted = {place.key: place for place in adapters}
     found = {}
@@ -141,17 +138,24 @@ def _pair_tensors(path, pair, part, layout):
     }
 
 
-def _ranks(pairs: dict[str, Pair]) -> dict[str, Any]:
-    """The fields that give each module its rank and its alpha."""
-    rank = _most_common(pair.rank for pair in pairs.values())
-    alpha = _most_common(p.alpha for p in pairs.values() if p.rank == rank)
-    ranks = {k: p.rank for k, p in pairs.items() if p.rank != rank}
-    alphas = {k: _plain(p.alpha) for k, p in pairs.items() if p.alpha != alpha}
+def ranks(
+    found: dict[str, tuple[int, float]], alpha: str = "lora_alpha"
+) -> dict[str, Any]:
+    """The fields that give each module its rank and its alpha.
+
+    Args:
+        found: Both, by the modules' paths.
+        alpha: What the kind calls the second.
+    """
+    rank = _most_common(rank for rank, _ in found.values())
+    most = _most_common(a for r, a in found.values() if r == rank)
     return {
         "r": rank,
-        "lora_alpha": _plain(alpha),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        alpha: _plain(most),
+        "rank_pattern": {k: r for k, (r, _) in found.items() if r != rank},
+        "alpha_pattern": {
+            k: _plain(a) for k, (_, a) in found.items() if a != most
+        },
     }
 
 
@@ -165,7 +169,7 @@ def _plain(alpha):
     return int(alpha) if whole else float(alpha)
 
 
-def _is_turned(modules):
+def is_turned(modules: dict[str, list[Part]]) -> bool:
     """Whether kernels lie as (in, out), as those of GPT-2 do."""
     return any(
         part.slot.layout == "conv1d"

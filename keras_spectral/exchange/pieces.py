@@ -50,18 +50,18 @@ def lora_pieces(
     table = layout == "table"
     names = ["lora_embedding_A", "lora_embedding_B"]
     names = names if table else ["lora_A.weight", "lora_B.weight"]
-    a, b = (_take(tensors, name, path) for name in names)
-    rank = _by_pattern(config, "r", "rank_pattern", path)
+    a, b = (take(tensors, name, path) for name in names)
+    rank = by_pattern(config, "r", "rank_pattern", path)
     _check_shapes(parts, path, rank, dict(zip(names, (a, b))))
     a, b = _as_matrix(a, layout).T, b.reshape(b.shape[0], rank).T
-    alpha = _by_pattern(config, "lora_alpha", "alpha_pattern", path)
+    alpha = by_pattern(config, "lora_alpha", "alpha_pattern", path)
     rooted = config["use_rslora"]
     magnitude = bias = None
     if config["use_dora"]:
-        magnitude = _take(tensors, "lora_magnitude_vector", path).reshape(-1)
+        magnitude = take(tensors, "lora_magnitude_vector", path).reshape(-1)
         _check_size(magnitude, b.shape[1], f"{path}.lora_magnitude_vector")
     if config["lora_bias"] and not table:
-        bias = _take(tensors, "lora_B.bias", path)
+        bias = take(tensors, "lora_B.bias", path)
         _check_size(bias, b.shape[1], f"{path}.lora_B.bias")
         bias = bias * alpha / (math.sqrt(rank) if rooted else rank)
     pieces = []
@@ -86,7 +86,7 @@ def adalora_pieces(
     parts: list[Part], tensors: Tensors, config: dict, path: str
 ) -> list[Piece]:
     """The adapters of a module with AdaLoRA; see `lora_pieces`."""
-    a, b, e = (_take(tensors, f"lora_{x}", path) for x in "ABE")
+    a, b, e = (take(tensors, f"lora_{x}", path) for x in "ABE")
     start = config["init_r"]
     flags = (config["rank_pattern"] or {}).get(f"{path}.lora_E")
     rank = start if flags is None else sum(flags)
@@ -120,7 +120,7 @@ def ia3_pieces(
     parts: list[Part], tensors: Tensors, config: dict, path: str
 ) -> list[Piece]:
     """The adapters of a module with IA3; see `lora_pieces`."""
-    gains = _take(tensors, "ia3_l", path)
+    gains = take(tensors, "ia3_l", path)
     n_in, total = parts[0].view.n_in, parts[0].slot.total
     inputs = gains.ndim > 0 and gains.shape[0] == 1 and gains.size == n_in
     outputs = gains.size == total
@@ -130,7 +130,7 @@ def ia3_pieces(
         meant = {**config, "target_modules": config["feedforward_modules"]}
         inputs = is_target(meant, path)
     if not inputs and not outputs:
-        raise _wrong_shape(path, "ia3_l", gains, f"({total}, 1) or (1, {n_in})")
+        raise wrong_shape(path, "ia3_l", gains, f"({total}, 1) or (1, {n_in})")
     gains = gains.reshape(-1)
     side = "input" if inputs else "output"
     return [
@@ -195,7 +195,8 @@ def _shared(alpha, share, rooted):
     return float(f"{alpha:.12g}")  # what was multiplied by a root comes back
 
 
-def _by_pattern(config, field, patterns, path):
+def by_pattern(config: dict, field: str, patterns: str, path: str):
+    """A field's value for a module, which a pattern may change."""
     key = matching_key(config[patterns] or {}, path)
     return config[field] if key is None else config[patterns][key]
 
@@ -207,7 +208,8 @@ def _as_matrix(a, layout):
     return a.reshape(a.shape[0], -1)
 
 
-def _take(tensors, name, path):
+def take(tensors: Tensors, name: str, path: str) -> np.ndarray:
+    """One of a module's tensors."""
     if name not in tensors:
         raise ValueError(
             f"The tensor '{path}.{name}' is missing. Expected it beside "
@@ -226,18 +228,21 @@ def _check_shapes(parts, path, rank, found):
         kernel = parts[0].view.variable().shape
         right = a.shape == (rank, kernel[-2], *kernel[:-2])
     if not right:
-        raise _wrong_shape(path, first, a, f"rank {rank} by {n_in} inputs")
+        raise wrong_shape(path, first, a, f"rank {rank} by {n_in} inputs")
     if b.shape[:1] != (total,) or b.size != total * rank:
-        raise _wrong_shape(path, second, b, f"{total} outputs by rank {rank}")
+        raise wrong_shape(path, second, b, f"{total} outputs by rank {rank}")
 
 
 def _check_size(tensor, size, name):
     if tensor.size != size:
         path, _, suffix = name.rpartition(".")
-        raise _wrong_shape(path, suffix, tensor, f"{size} numbers")
+        raise wrong_shape(path, suffix, tensor, f"{size} numbers")
 
 
-def _wrong_shape(path, name, tensor, expected):
+def wrong_shape(
+    path: str, name: str, tensor: np.ndarray, expected: str
+) -> ValueError:
+    """The error for a tensor of another shape than expected."""
     return ValueError(
         f"The tensor '{path}.{name}' has shape {tensor.shape}. Expected "
         f"{expected}, as this model's layer and the configuration have: the "

@@ -27,9 +27,10 @@ def load_peft(
     The folder holds `adapter_config.json` and `adapter_model.safetensors`, as
     PEFT's `save_pretrained` and `ks.save_peft` write them. It can be a LoRA
     (with rank patterns, rsLoRA, DoRA, biases, embeddings, convolutions), an
-    AdaLoRA, IA3, a prefix or a soft prompt. `modules_to_save`, classification
-    heads among them, become copies that train with the adapter. As by
-    `wrap_model`, an adapter of a new name becomes the only active one.
+    AdaLoRA, IA3, VeRA, LoHa, LoKr, OFT, BOFT, a prefix or a soft prompt.
+    `modules_to_save`, classification heads among them, become copies that
+    train with the adapter. As by `wrap_model`, an adapter of a new name
+    becomes the only active one.
 
     Layers are found by the names that KerasHub's own converter from Hugging
     Face has for them, so nothing but the folder is read.
@@ -76,6 +77,8 @@ def load_peft(
                 weights = {w.name: w for w in own_weights(place.layer)}
                 for name, value in next(adapters).values.items():
                     weights[name].assign(value)
+        for name, value in content.shared.items():
+            getattr(made[0].layer.shared, name).assign(value)
 
     wrap_places(model, requests, kept, give_placeholders, fill)
     if content.left_out:

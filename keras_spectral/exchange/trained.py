@@ -74,11 +74,11 @@ def bias_tensors(
     names: HubNames, biases: list[Place], fields: dict[str, Any]
 ) -> Tensors:
     """The tensors of trained biases, whole; sets the field that says so."""
-    if fields["peft_type"] != "LORA":
+    kind = fields["peft_type"]
+    if "bias" not in fields:
         raise ValueError(
-            f"'{biases[0].path}' trains its bias, which PEFT has for LoRA "
-            f"alone, not beside {fields['peft_type']}. Expected an adapter "
-            "without trained biases."
+            f"'{biases[0].path}' trains its bias, which PEFT has not beside "
+            f"{kind}. Expected an adapter without trained biases."
         )
     by_key = {place.key: place for place in biases}
     targets = set(fields["target_modules"])
@@ -108,7 +108,7 @@ def bias_tensors(
             "without it."
         )
     alone = all(".base_layer." in key for key in tensors)
-    fields["bias"] = "lora_only" if alone else "all"
+    fields["bias"] = f"{kind.lower()}_only" if alone else "all"
     return tensors
 
 

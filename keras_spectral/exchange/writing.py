@@ -12,11 +12,13 @@ from keras_spectral.backbones import SoftPrompt
 from keras_spectral.blocks import PrefixTuning
 from keras_spectral.exchange import prompts
 from keras_spectral.exchange.card import model_card
-from keras_spectral.exchange.content import start_of
 from keras_spectral.exchange.folder import write_folder
+from keras_spectral.exchange.kinds import KINDS
 from keras_spectral.exchange.modules import ia3_tensors
 from keras_spectral.exchange.modules import lora_tensors
 from keras_spectral.exchange.names import HubNames
+from keras_spectral.exchange.readers import WHOLE
+from keras_spectral.exchange.readers import start_of
 from keras_spectral.exchange.trained import bias_tensors
 from keras_spectral.exchange.trained import copy_tensors
 from keras_spectral.layers import IA3
@@ -41,9 +43,10 @@ def save_peft(
 
     The folder gets `adapter_model.safetensors`, `adapter_config.json` and a
     model card, `README.md`, if it has none; other files in it stay. LoRA,
-    ConvLoRA, DoRA and IA3 are written as they are, whatever has a low rank
-    (spectral additive and rotate, gated, DyLoRA, AdaLoRA, PiSSA) as the LoRA
-    that it is, without ranks that do nothing. Trained heads go with it.
+    ConvLoRA, DoRA, IA3, VeRA, LoHa, LoKr, OFT and BOFT are written as they
+    are, whatever has a low rank (spectral additive and rotate, gated, DyLoRA,
+    AdaLoRA, LoRA-FA, PiSSA) as the LoRA that it is, without ranks that do
+    nothing. Trained heads go with it.
 
     The names in it are those of the task's class in transformers: of
     `LlamaForCausalLM` for a `Llama3CausalLM`, of the bare model for a
@@ -55,7 +58,8 @@ def save_peft(
         folder: The folder; it is made if its parent is there.
         adapter: The name of the adapter; not needed if there is one.
         rank: What larger ranks, and changes that have no low rank, are
-            truncated to. None truncates nothing.
+            truncated to: VeRA, LoHa, LoKr, OFT and BOFT are written as a LoRA
+            then. None truncates nothing.
         base: What PEFT calls the base model, such as
             `"google-bert/bert-base-uncased"`, for the configuration and the
             card.
@@ -111,7 +115,7 @@ def save_peft(
         tensors |= bias_tensors(names, biases, fields)
     start = start_of(fields["peft_type"])
     tensors = {
-        key if key == prompts.KEY else start + key: value
+        key if key in WHOLE else start + key: value
         for key, value in tensors.items()
     }
     check_finite(tensors, f"Not written to {os.fspath(folder)}")
@@ -127,6 +131,10 @@ def save_peft(
 
 def _written(names, model, adapters, rank):
     """Tensors, fields and errors of adapters, which are of one kind."""
+    for same in KINDS.values():
+        own = all(isinstance(place.layer, same.layer) for place in adapters)
+        if own and rank is None:
+            return same.written(names, adapters)
     for kind, write in (
         (PrefixTuning, lambda: prompts.prompt_tensors(model, adapters)),
         (SoftPrompt, lambda: prompts.prompt_tensors(model, adapters)),
@@ -141,8 +149,8 @@ def _written(names, model, adapters, rank):
     found = sorted({place.layer.method for place in adapters})
     raise ValueError(
         f"The adapter has the methods {found}. Expected one of PEFT's kinds on "
-        "all layers: LoRA and what converts to it, DoRA, IA3, a prefix or a "
-        "soft prompt."
+        "all layers: LoRA and what converts to it, DoRA, IA3, VeRA, LoHa, "
+        "LoKr, OFT, BOFT, a prefix or a soft prompt."
     )
 
 

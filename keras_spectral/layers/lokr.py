@@ -9,6 +9,7 @@ from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import derived_seed
+from keras_spectral.kernels import KernelView
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.low_rank_pair import LowRankAdapter
 
@@ -86,22 +87,10 @@ class LoKrDense(LowRankAdapter):
         return not self.view.pointwise
 
     def build_adapter(self):
-        offsets = self.view.n_in // self.view.channels
-        i1, i2 = split(self.view.channels, self.factor)
-        o1, o2 = split(self.view.n_out, self.factor)
-        self._add("w1", i1, o1, self.decompose_both, True)
-        self._add("w2", i2, o2, True, False, offsets)
-
-    def _add(self, name, rows, columns, may_be_pair, zero, offsets=1):
-        """Creates W1 or W2, whole or as a pair."""
-        is_pair = may_be_pair and self.rank < max(rows, columns) / 2
-        rows *= offsets
-        parts = {name: (rows, columns)}
-        if is_pair:
-            parts = {f"{name}_a": (rows, self.rank)}
-            parts[f"{name}_b"] = (self.rank, columns)
-        *_, last = parts
-        for own, shape in parts.items():
+        shapes = weight_shapes(self.view, **self._split_options())
+        # W1 starts at zero, by its second factor if it is a pair.
+        zero = "w1" if "w1" in shapes else "w1_b"
+        for own, shape in shapes.items():
             bound = math.sqrt(1 / shape[0])
             start = keras.initializers.RandomUniform(
                 -bound, bound, derived_seed(self.seed, own)
@@ -109,9 +98,13 @@ class LoKrDense(LowRankAdapter):
             weight = self.add_weight(
                 name=own,
                 shape=shape,
-                initializer="zeros" if zero and own == last else start,
+                initializer="zeros" if own == zero else start,
             )
             setattr(self, own, weight)
+
+    def _split_options(self):
+        names = ("rank", "factor", "decompose_both")
+        return {name: getattr(self, name) for name in names}
 
     def _matrix(self, name):
         if name in vars(self):
@@ -138,6 +131,33 @@ class LoKrDense(LowRankAdapter):
 
     def kernel_change(self):
         return self.view.from_matrix(self.delta_matrix())
+
+
+def weight_shapes(
+    view: KernelView, rank: int, factor: int, decompose_both: bool
+) -> dict[str, tuple[int, int]]:
+    """The shapes of W1 and W2, or of their pairs, by the weights' names.
+
+    Args:
+        view: The kernel that they change.
+        rank: See LoKrDense; `factor` and `decompose_both` likewise.
+        factor: As there.
+        decompose_both: As there.
+    """
+    offsets = view.n_in // view.channels
+    i1, i2 = split(view.channels, factor)
+    o1, o2 = split(view.n_out, factor)
+    shapes = {}
+    for name, rows, columns, may_be_pair, each in (
+        ("w1", i1, o1, decompose_both, 1),
+        ("w2", i2, o2, True, offsets),
+    ):
+        if may_be_pair and rank < max(rows, columns) / 2:
+            shapes[f"{name}_a"] = (rows * each, rank)
+            shapes[f"{name}_b"] = (rank, columns)
+        else:
+            shapes[name] = (rows * each, columns)
+    return shapes
 
 
 def split(size: int, factor: int) -> tuple[int, int]:

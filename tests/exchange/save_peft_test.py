@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 from peft_folders import bert
+from peft_folders import check_equal
 from peft_folders import distance
 from peft_folders import golden
 from peft_folders import gpt2
@@ -13,36 +14,13 @@ from peft_folders import inputs
 from peft_folders import llama
 from peft_folders import outputs
 from peft_folders import read
+from peft_folders import trained
+from peft_folders import weights
 
 import keras_spectral as ks
-from keras_spectral.layers.member import own_weights
 from keras_spectral.model.hosts import member_places
 
 QKV = r".*/(query|key|value)"
-
-
-def trained(model, method, target, seed=0, **options):
-    """Wraps a model and gives every trained weight a number of its own."""
-    ks.wrap_model(model, method, target, **options)
-    rng = np.random.default_rng(seed)
-    for weight in model.trainable_weights:
-        weight.assign(weight + rng.normal(0, 0.1, weight.shape))
-    return model
-
-
-def weights(model):
-    """All numbers of a model's adapters, by place, method and name."""
-    return {
-        (place.key, type(place.layer).__name__, w.name): ops.convert_to_numpy(w)
-        for place in member_places(model)
-        for w in own_weights(place.layer)
-    }
-
-
-def check_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, str(name))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "ia3"])
@@ -162,6 +140,8 @@ def test_three_layers_become_one_module(tmp_path):
         ("dylora", {"rank": 3}, {3}),
         ("adalora", {"rank": 3}, {3}),
         ("lora", {"rank": 2, "initializer": "pissa"}, {4}),
+        ("lora", {"rank": 2, "initializer": "olora"}, {4}),
+        ("lora_fa", {"rank": 2}, {2}),
         ("lora", {"rank": 2, "dropout": 0.1}, {2}),
     ],
 )
