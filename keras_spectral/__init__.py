@@ -30,6 +30,7 @@ from keras_spectral.layers import DecayingLoRA
 from keras_spectral.layers import DoRADense
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
+from keras_spectral.layers import GLoRADense
 from keras_spectral.layers import KernelAdapter
 from keras_spectral.layers import LiDBDense
 from keras_spectral.layers import LoHaDense
@@ -85,6 +86,7 @@ __all__ = [
     "DecayingLoRA",
     "DoRADense",
     "DyLoRADense",
+    "GLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
     "LiDBDense",

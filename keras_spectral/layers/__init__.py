@@ -11,6 +11,7 @@ from keras_spectral.layers.decaying_lora import DecayingLoRA
 from keras_spectral.layers.dora import DoRADense
 from keras_spectral.layers.dylora import DyLoRADense
 from keras_spectral.layers.gated_spectral import GatedSpectralDense
+from keras_spectral.layers.glora import GLoRADense
 from keras_spectral.layers.ia3 import IA3
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lidb import LiDBDense
@@ -38,6 +39,7 @@ __all__ = [
     "DecayingLoRA",
     "DoRADense",
     "DyLoRADense",
+    "GLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
     "LiDBDense",
