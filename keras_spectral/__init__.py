@@ -66,6 +66,8 @@ from keras_spectral.saving import fuse_adapters
 from keras_spectral.saving import load_adapters
 from keras_spectral.saving import save_adapters
 from keras_spectral.search.gates import tune_gates
+from keras_spectral.search.glora import finalize_glora
+from keras_spectral.search.glora import search_glora
 from keras_spectral.search.parts import collect_gates
 from keras_spectral.search.parts import prune_parts
 from keras_spectral.search.parts import search_parts
@@ -117,6 +119,7 @@ __all__ = [
     "compression_report",
     "delete_adapter",
     "distiller",
+    "finalize_glora",
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
@@ -134,6 +137,7 @@ __all__ = [
     "rename_adapter",
     "save_adapters",
     "save_peft",
+    "search_glora",
     "search_parts",
     "search_rank",
     "set_adapters",
