@@ -27,6 +27,7 @@ from keras_spectral.layers import BOFTDense
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
 from keras_spectral.layers import DecayingLoRA
+from keras_spectral.layers import DeepLoRADense
 from keras_spectral.layers import DoRADense
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
@@ -53,6 +54,7 @@ from keras_spectral.model.contexts import unwrapped
 from keras_spectral.model.convert import compact_ranks
 from keras_spectral.model.convert import freeze_gates
 from keras_spectral.model.convert import to_lora
+from keras_spectral.model.gradients import kernel_gradients
 from keras_spectral.model.merge import merge_model
 from keras_spectral.model.merge import unwrap_model
 from keras_spectral.model.names import adapter_names
@@ -86,6 +88,7 @@ __all__ = [
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
+    "DeepLoRADense",
     "DoRADense",
     "DyLoRADense",
     "GLoRADense",
@@ -123,6 +126,7 @@ __all__ = [
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
+    "kernel_gradients",
     "list_targets",
     "load_adapters",
     "load_keras_lora",

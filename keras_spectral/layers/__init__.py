@@ -8,6 +8,7 @@ from keras_spectral.layers.boft import BOFTDense
 from keras_spectral.layers.conditional_spectral import ConditionalSpectralDense
 from keras_spectral.layers.conv_lora import ConvLoRA
 from keras_spectral.layers.decaying_lora import DecayingLoRA
+from keras_spectral.layers.deep_lora import DeepLoRADense
 from keras_spectral.layers.dora import DoRADense
 from keras_spectral.layers.dylora import DyLoRADense
 from keras_spectral.layers.gated_spectral import GatedSpectralDense
@@ -37,6 +38,7 @@ __all__ = [
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
+    "DeepLoRADense",
     "DoRADense",
     "DyLoRADense",
     "GLoRADense",
