@@ -45,6 +45,8 @@ def test_two_threads_call_one_model(name):
     keras.utils.set_random_seed(0)
     model, target, given = _case(name)
     options = {"rank": 2} if "rank" in METHODS[name].option_names() else {}
+    if name == "deep_lora":  # whose rank takes gradients
+        options = {}
     rng = np.random.default_rng(1)
     for adapter in ("one", "two"):
         ks.wrap_model(model, name, target, adapter=adapter, **options)
