@@ -12,6 +12,7 @@ from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.glora_path import KINDS
 from keras_spectral.layers.glora_path import checked_path
 from keras_spectral.layers.glora_path import masked_sum
+from keras_spectral.layers.glora_path import numbers_of
 from keras_spectral.layers.glora_path import shapes_of
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.low_rank_pair import check_fits
@@ -96,15 +97,12 @@ class GLoRADense(KernelAdapter):
         self.supernet = check_flag(supernet, "supernet")
         self.seed = check_seed(seed)
         if supernet:
-            self.seed_generator = keras.random.SeedGenerator(
-                derived_seed(seed, "paths")
-            )
+            seed = derived_seed(seed, "paths")
+            self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build_adapter(self):
         path = checked_path({}) if self.supernet else self.parts
         for name, shape in shapes_of(path, self.rank, self.view).items():
-            if name.startswith("d") and self.view.bias_of() is None:
-                continue
             start = "zeros"
             if name.endswith("down"):
                 check_fits(self, self.rank)
@@ -114,24 +112,26 @@ class GLoRADense(KernelAdapter):
             setattr(self, name, weight)
         if not self._trainable_variables:
             raise ValueError(
-                f"Layer '{self.name}' has no weights with parts={self.parts}: "
-                "nothing would train. Expected one part that is not 'none', "
-                "and is not the factor D of a bias that is not there."
+                f"Received parts={self.parts} for layer '{self.name}': nothing "
+                "would train. Expected a part besides 'none', or D of no bias."
             )
         if self.supernet:
             self.choice = self.add_weight(
                 name="choice",
                 shape=(len(KINDS),),
-                initializer="zeros",
+                initializer=keras.initializers.Constant(numbers_of(self.parts)),
                 trainable=False,
                 dtype="int32",
             )
-            self.use_path(self.parts)
 
     def use_path(self, parts: dict[str, str]) -> None:
         """Lets a supernet use a path wherever it does not train."""
-        path = checked_path(parts)
-        self.choice.assign([KINDS[p].index(kind) for p, kind in path.items()])
+        if not self.supernet:
+            raise ValueError(
+                f"Layer '{self.name}' has the fixed path {self.parts}. "
+                "Expected one with `supernet=True`."
+            )
+        self.choice.assign(numbers_of(parts))
 
     def path_in_use(self) -> dict[str, str]:
         """The kind of each part, outside of training."""

@@ -30,7 +30,10 @@ def masked_sum(chosen, down, up):
 def shapes_of(
     path: dict[str, str], rank: int, view: KernelView
 ) -> dict[str, tuple[int, int]]:
-    """The shapes of what trains on a path, by the weights' names."""
+    """The shapes of what trains on a path, by the weights' names.
+
+    Without a bias there is no D.
+    """
     found = {}
     n_in, n_out = view.n_in, view.n_out
     for part, kind in path.items():
@@ -39,7 +42,7 @@ def shapes_of(
         if kind == "lora":
             found[f"{part}_down"] = rows, rank
         shapes = {"lora": (rank, columns), "vector": (1, columns)}
-        if kind != "none":
+        if kind != "none" and (part != "d" or view.bias_of() is not None):
             found[f"{part}_up"] = shapes.get(kind, (1, 1))
     return found
 
@@ -55,3 +58,8 @@ def checked_path(parts: dict[str, str]) -> dict[str, str]:
         part: check_choice(parts.get(part, kinds[0]), f"parts[{part!r}]", kinds)
         for part, kinds in KINDS.items()
     }
+
+
+def numbers_of(parts: dict[str, str]) -> list[int]:
+    """The same as the numbers of kinds, which a variable can hold."""
+    return [KINDS[p].index(kind) for p, kind in checked_path(parts).items()]

@@ -285,13 +285,8 @@ def _supernets(model) -> dict[str, GLoRADense]:
 
 def _path_size(adapter, parts) -> int:
     """How many numbers of a path an adapter trains."""
-    view = adapter.view
-    shapes = shapes_of(parts, adapter.rank, view)
-    return sum(
-        math.prod(shape)
-        for name, shape in shapes.items()
-        if not name.startswith("d") or view.bias_of() is not None
-    )
+    shapes = shapes_of(parts, adapter.rank, adapter.view)
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _value(model, dataset, metric) -> float:
