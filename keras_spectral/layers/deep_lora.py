@@ -29,10 +29,10 @@ class DeepLoRADense(KernelAdapter):
     With `rank` it is compressed: `y = base(x) + x L V3 V2 V1 R`, with
     L (n_in x rank), R (rank x n_out) and three V (rank x rank) that start as
     `eps` times the identity. L and R span the directions in which the first
-    step would move the whole factors, half of them the kernel's gradient's,
-    half its counterparts by the factors' start, so that training
-    goes nearly the same way at `3 rank^2` weights a layer. The gradients are
-    given to `wrap_model`:
+    steps would move the whole factors: half of them are the first singular
+    vectors of the kernel's gradient, half what the factors' start makes of
+    those of the other side. So training goes nearly the same way with
+    `3 rank^2` weights a layer. The gradients are given to `wrap_model`:
 
         gradients = ks.kernel_gradients(model, dataset, target)
         ks.wrap_model(model, "deep_lora", target, rank=8, gradients=gradients)
@@ -46,7 +46,7 @@ class DeepLoRADense(KernelAdapter):
 
     Use it with few examples, where a LoRA of any rank overfits.
 
-    Source: Yaras et al. 2024, arXiv 2406.04112, sections 3 and 4.
+    Source: Yaras et al. 2024, arXiv 2406.04112.
 
     Args:
         layer: The base layer; any kind that LoRADense takes.
@@ -167,7 +167,8 @@ def deep_lora_factors(gradient, start, rank: int):
     The whole factors' first step has the rank `rank`: its directions are the
     first `rank / 2` singular vectors of the gradient, on the one side, and on
     the other what the start, `W3 W2 W1 / eps^3`, makes of those of the other
-    side. What is orthogonal to them shrinks, if at all, by weight decay.
+    side. That is the same space as the null vectors of the authors' code
+    leave, without a singular value decomposition of whole factors.
 
     Args:
         gradient: Tensor (..., n_in, n_out), the kernel's.

@@ -49,7 +49,8 @@ class GLoRADense(KernelAdapter):
     Use it where a LoRA is not enough and a merged layer has to cost nothing:
     few examples, domains far from the base's.
 
-    Source: Chavan et al. 2023, arXiv 2306.07967, equation 10 and section 3.
+    Source: Chavan et al. 2023, arXiv 2306.07967; products number by number as
+    in its authors' code.
 
     Args:
         layer: The base: any layer with a kernel of its own that runs in one
@@ -162,7 +163,7 @@ class GLoRADense(KernelAdapter):
         factors, shifts = self._rows(None)
         change = self.view.on_bias(shifts)
         scaled = self.view.scaled_bias(factors)
-        return None if change is None else change + scaled
+        return None if change is None else ops.add(change, scaled)
 
     def check_mergeable(self):
         path = self.path_in_use()
