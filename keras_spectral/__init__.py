@@ -27,9 +27,11 @@ from keras_spectral.layers import BOFTDense
 from keras_spectral.layers import ConditionalSpectralDense
 from keras_spectral.layers import ConvLoRA
 from keras_spectral.layers import DecayingLoRA
+from keras_spectral.layers import DeepLoRADense
 from keras_spectral.layers import DoRADense
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.layers import GatedSpectralDense
+from keras_spectral.layers import GLoRADense
 from keras_spectral.layers import KernelAdapter
 from keras_spectral.layers import LiDBDense
 from keras_spectral.layers import LoHaDense
@@ -54,6 +56,7 @@ from keras_spectral.model.contexts import unwrapped
 from keras_spectral.model.convert import compact_ranks
 from keras_spectral.model.convert import freeze_gates
 from keras_spectral.model.convert import to_lora
+from keras_spectral.model.gradients import kernel_gradients
 from keras_spectral.model.merge import merge_model
 from keras_spectral.model.merge import unwrap_model
 from keras_spectral.model.names import adapter_names
@@ -68,6 +71,8 @@ from keras_spectral.saving import fuse_adapters
 from keras_spectral.saving import load_adapters
 from keras_spectral.saving import save_adapters
 from keras_spectral.search.gates import tune_gates
+from keras_spectral.search.glora import finalize_glora
+from keras_spectral.search.glora import search_glora
 from keras_spectral.search.parts import collect_gates
 from keras_spectral.search.parts import prune_parts
 from keras_spectral.search.parts import search_parts
@@ -86,8 +91,10 @@ __all__ = [
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
+    "DeepLoRADense",
     "DoRADense",
     "DyLoRADense",
+    "GLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
     "LiDBDense",
@@ -120,9 +127,11 @@ __all__ = [
     "compression_report",
     "delete_adapter",
     "distiller",
+    "finalize_glora",
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
+    "kernel_gradients",
     "list_targets",
     "load_adapters",
     "load_keras_lora",
@@ -138,6 +147,7 @@ __all__ = [
     "rename_adapter",
     "save_adapters",
     "save_peft",
+    "search_glora",
     "search_parts",
     "search_rank",
     "set_adapters",

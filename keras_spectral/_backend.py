@@ -1,6 +1,7 @@
 """What Keras offers no way to do: the one file that imports a backend."""
 
 import contextlib
+from collections.abc import Callable
 
 import keras
 
@@ -101,3 +102,44 @@ def is_training(training) -> bool:
             "`keras.RematScope(mode='list_of_layers', layer_names=[...])` "
             "with layers that hold no adapters, or an adapter without dropout."
         ) from error
+
+
+def gradients(loss: Callable, variables: list[keras.Variable]) -> list:
+    """The gradients of a scalar function of no arguments by variables.
+
+    They may be frozen. Nothing is changed.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def of(values):
+            mapping = list(zip(variables, values))
+            with keras.StatelessScope(state_mapping=mapping):
+                return loss()
+
+        return jax.grad(of)([v.value for v in variables])
+    values = [v.value for v in variables]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            total = loss()
+        zero = tf.UnconnectedGradients.ZERO
+        found = tape.gradient(total, values, unconnected_gradients=zero)
+        return [tf.convert_to_tensor(x) for x in found]
+    import torch
+
+    flags = [value.requires_grad for value in values]
+    try:
+        for value in values:
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                loss(), values, allow_unused=True, materialize_grads=True
+            )
+    finally:
+        for value, flag in zip(values, flags):
+            value.requires_grad_(flag)
+    return list(found)

@@ -128,6 +128,8 @@ def test_methods_that_merge_do_and_others_refuse(name):
         base = keras.Sequential([ids, layers.Embedding(9, 4)])
         model = keras.Sequential([ids, base])
     small = {"rank": 2, "block_size": 2, "down": 3, "up": 2}
+    if name == "deep_lora":  # whose rank takes gradients
+        small = {}
     options = {k: v for k, v in small.items() if k in cls.option_names()}
     ks.wrap_model(model, name, target=base, **options)
     model(x)

@@ -33,6 +33,7 @@ METHODS = {
     "decaying_lora": {"end_step": 4},
     "adalora": {},
     "dylora": {},
+    "glora": {},
 }
 
 

@@ -54,6 +54,8 @@ def test_two_threads_call_one_model(name):
     model, target, given = _case(name)
     known = METHODS[name].option_names()
     options = {k: v for k, v in SMALL.items() if k in known}
+    if name == "deep_lora":  # whose rank takes gradients
+        options = {}
     rng = np.random.default_rng(1)
     for adapter in ("one", "two"):
         ks.wrap_model(model, name, target, adapter=adapter, **options)

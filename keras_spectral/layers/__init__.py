@@ -8,9 +8,11 @@ from keras_spectral.layers.boft import BOFTDense
 from keras_spectral.layers.conditional_spectral import ConditionalSpectralDense
 from keras_spectral.layers.conv_lora import ConvLoRA
 from keras_spectral.layers.decaying_lora import DecayingLoRA
+from keras_spectral.layers.deep_lora import DeepLoRADense
 from keras_spectral.layers.dora import DoRADense
 from keras_spectral.layers.dylora import DyLoRADense
 from keras_spectral.layers.gated_spectral import GatedSpectralDense
+from keras_spectral.layers.glora import GLoRADense
 from keras_spectral.layers.ia3 import IA3
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.lidb import LiDBDense
@@ -38,8 +40,10 @@ __all__ = [
     "ConditionalSpectralDense",
     "ConvLoRA",
     "DecayingLoRA",
+    "DeepLoRADense",
     "DoRADense",
     "DyLoRADense",
+    "GLoRADense",
     "GatedSpectralDense",
     "KernelAdapter",
     "LiDBDense",

@@ -33,7 +33,8 @@ class KernelAdapter(AdapterLayer, KernelHost):
     - `input_change(inputs)` and `delta_matrix()`, if it changes what the
       base is given (`changes_inputs`);
     - `kernel_change()`, in the kernel's own shape, if it has no thin form
-      (`forms_kernel`).
+      (`forms_kernel`), and `output_shift(outputs, training)` if it changes
+      the bias as well.
 
     All are at full strength, the method's own scale included (but for
     `factors`); the strength of the adapter comes on top. The base's `kernel`
@@ -181,8 +182,9 @@ class KernelAdapter(AdapterLayer, KernelHost):
             **kwargs: Further arguments of the call.
         """
         if self.forms_kernel:
-            kernel = self.amount_of(self.kernel_change())
+            kernel = self.amount_of(self.kernel_change_of_step(training))
             change = self.view.linear(inputs, kernel)
+            change = self.shifted(change, training)
         elif hasattr(self, "factors"):
             return self._thin_added(total, inputs, training, **kwargs)
         else:
@@ -241,6 +243,29 @@ class KernelAdapter(AdapterLayer, KernelHost):
     def kernel_change(self):
         """The change of the kernel, in its own shape."""
         raise NotImplementedError
+
+    def kernel_change_of_step(self, training):
+        """The change of the kernel that a call uses."""
+        return self.kernel_change()
+
+    def output_shift(self, outputs, training=None):
+        """What a change of the bias adds to outputs, or None.
+
+        For `forms_kernel`; `change` brings its own along. `bias_change` says
+        the same of the bias.
+
+        Args:
+            outputs: What it is added to, for their shape and dtype.
+            training: Boolean.
+        """
+        return None
+
+    def shifted(self, outputs, training):
+        """Outputs with strength times `output_shift`."""
+        shift = self.output_shift(outputs, training)
+        if shift is None:
+            return outputs
+        return outputs + ops.cast(self.amount_of(shift), outputs.dtype)
 
     def scaled(self, a, b):
         """A pair in the compute dtype, scale and strength in B.

@@ -31,7 +31,9 @@ class KernelHost(Host):
         for member in before:
             change = member.weighed(member.input_change(inputs))
             changed = changed + ops.cast(change, inputs.dtype)
-        outputs = plain = self._base(formed)(changed, **kwargs)
+        outputs = plain = self._base(formed, training)(changed, **kwargs)
+        for member in formed:
+            outputs = member.shifted(outputs, training)
         if (before or formed) and any(m.needs_outputs for m in members):
             plain = self._base()(inputs, **kwargs)
         thin = [m for m in members if m.can_join(training)]
@@ -48,12 +50,13 @@ class KernelHost(Host):
     def compute_output_spec(self, inputs, mask=None, **kwargs):
         return super().compute_output_spec(inputs, **kwargs)
 
-    def _base(self, formed=()):
+    def _base(self, formed=(), training=None):
         """The base without activation, some changes in its kernel."""
         if not formed:
             plain = self.view is None
             return without_ending(self.layer) if plain else self.view.bare()
-        change = sum(m.amount_of(m.kernel_change()) for m in formed)
+        changes = [m.kernel_change_of_step(training) for m in formed]
+        change = sum(m.amount_of(c) for m, c in zip(formed, changes))
         return self.view.with_change(change)
 
     def _finish(self, outputs, reverse=False):

@@ -53,13 +53,7 @@ class LowRankPair:
         keeps_start=False,
         trains="ab",
     ):
-        if rank > view.max_rank:
-            raise ValueError(
-                f"Received rank={rank} for layer '{adapter.name}', whose "
-                f"kernel is {view.n_in} x {view.n_out}. Expected at most "
-                f"{view.max_rank}; give this layer its own rank with "
-                "`overrides`, or exclude it."
-            )
+        check_fits(adapter, rank, view)
         if a_start is None:
             a_start = lora_start(view, derived_seed(seed, f"{name}_a"))
 
@@ -140,6 +134,18 @@ class LowRankAdapter(KernelAdapter):
             zeros = {"a_start": "zeros", "b_start": "zeros"}
             start = {**start, **zeros}
         return LowRankPair(self, self.view, self.rank, seed=self.seed, **start)
+
+
+def check_fits(adapter, rank: int, view=None) -> None:
+    """Raises a ValueError if a rank is above that of an adapter's kernel."""
+    view = adapter.view if view is None else view
+    if rank > view.max_rank:
+        raise ValueError(
+            f"Received rank={rank} for layer '{adapter.name}', whose "
+            f"kernel is {view.n_in} x {view.n_out}. Expected at most "
+            f"{view.max_rank}; give this layer its own rank with "
+            "`overrides`, or exclude it."
+        )
 
 
 def lora_start(view, seed):

@@ -15,6 +15,7 @@ from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers.member import count_own
 from keras_spectral.model.calibrate import moments_at
 from keras_spectral.model.counting import count_weights
+from keras_spectral.model.gradients import gradient_at
 from keras_spectral.model.hints import option_hints
 from keras_spectral.model.hints import require
 from keras_spectral.model.paths import Place
@@ -70,16 +71,14 @@ def options_per_layer(
 
 def _give_start_data(own, path):
     """Replaces what the whole model is given by what one layer needs."""
-    given = [name for name in ("calibration", "original") if name in own]
+    given = [name for name in _START_DATA if name in own]
     if len(given) > 1:
         raise ValueError(
-            "Received calibration and original. Expected the one that "
+            f"Received {' and '.join(given)}. Expected the one that "
             f"initializer={own.get('initializer')!r} takes."
         )
-    if "calibration" in given:
-        own["start_data"] = moments_at(own.pop("calibration"), path)
-    if "original" in given:
-        own["start_data"] = _matrix_at(own.pop("original"), path)
+    for name in given:
+        own["start_data"] = _START_DATA[name](own.pop(name), path)
 
 
 def _matrix_at(original, path):
@@ -100,6 +99,14 @@ def _matrix_at(original, path):
             "Expected the float model."
         )
     return ops.convert_to_numpy(view.matrix())
+
+
+# What `wrap_model` is given for starts, and how a layer gets its own.
+_START_DATA = {
+    "calibration": moments_at,
+    "original": _matrix_at,
+    "gradients": gradient_at,
+}
 
 
 def check_options(

@@ -1,0 +1,121 @@
+"""What a loss asks of the kernels of a model, before anything is trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src.trainers.data_adapters import get_data_adapter
+
+from keras_spectral._backend import gradients
+from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.evaluate import check_data
+from keras_spectral.kernels import kernel_view
+from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.model.paths import places
+from keras_spectral.model.paths import subject
+from keras_spectral.model.select import select
+
+
+def kernel_gradients(
+    model: keras.Model,
+    dataset: Any,
+    target: Any = "all-linear",
+    *,
+    exclude: Any = None,
+    batch_size: int = 32,
+) -> dict[str, np.ndarray]:
+    """The gradients of the loss by whole kernels, on one batch.
+
+    One backward pass, as in inference (no dropout). Frozen kernels have
+    gradients as well; the model is not changed. Deep LoRA's compressed form
+    starts from them: `wrap_model(model, "deep_lora", rank=8,
+    gradients=kernel_gradients(model, dataset))`.
+
+    Args:
+        model: A compiled model.
+        dataset: What `model.fit` takes as first argument, or a tuple `(x, y)`
+            or `(x, y, sample_weight)`. Its first batch counts.
+        target: The layers, as `target` of `wrap_model`.
+        exclude: Layers to leave out, in the same forms.
+        batch_size: For arrays: how many of the first examples.
+
+    Returns:
+        For each layer's path a matrix (n_in x n_out) in float32.
+
+    Raises:
+        ValueError: Nothing matches, no data, the model is not compiled, or a
+            layer is quantised or has no kernel of its own.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((16,)), keras.layers.Dense(8, name="hidden"),
+    ...      keras.layers.Dense(2, name="head")]
+    ... )
+    >>> model.compile("adam", "mse")
+    >>> data = keras.ops.ones((4, 16)), keras.ops.ones((4, 2))
+    >>> kernel_gradients(model, data, "hidden")["hidden"].shape
+    (16, 8)
+    """
+    check_model(model)
+    check_data(dataset)
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"Model '{model.name}' is not compiled. Expected "
+            "`model.compile(optimizer, loss)` first: gradients are those of "
+            "its loss."
+        )
+    chosen = select(model, places(model), target, exclude, KernelAdapter)
+    views = {p.path: kernel_view(subject(p.layer)) for p in chosen}
+    for path, view in views.items():
+        if view.kernel_name is None or view.quantized:
+            raise ValueError(
+                f"Layer '{path}' is quantised, or its kernel is a product of "
+                "two, so that it has no gradient. Expected layers with a float "
+                "kernel: leave this one out with `exclude`."
+            )
+    x, y, sample_weight = _first_batch(dataset, batch_size)
+
+    def loss():
+        outputs = model(x, training=False)
+        return model.compute_loss(x, y, outputs, sample_weight, training=False)
+
+    found = gradients(loss, [view.variable() for view in views.values()])
+    return {
+        path: ops.convert_to_numpy(ops.cast(view.to_matrix(g), "float32"))
+        for (path, view), g in zip(views.items(), found)
+    }
+
+
+def gradient_at(given: Any, path: str) -> np.ndarray:
+    """The gradient of a layer's kernel; a ValueError if there is none."""
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"Received gradients={given!r}. Expected what "
+            "`kernel_gradients(model, dataset)` gives."
+        )
+    if path not in given:
+        raise ValueError(
+            f"The gradients have no layer '{path}'. Expected those of the same "
+            "targets: `kernel_gradients(model, dataset, target)`. They have "
+            f"{sorted(given)[:4]}."
+        )
+    return given[path]
+
+
+def _first_batch(dataset, batch_size):
+    parts = dataset if isinstance(dataset, tuple) else (dataset,)
+    x, y, sample_weight = (*parts, None, None)[:3]
+    arrays = all(hasattr(part, "shape") for part in keras.tree.flatten(x))
+    adapter = get_data_adapter(
+        x,
+        y=y,
+        sample_weight=sample_weight,
+        shuffle=False,
+        **({"batch_size": batch_size} if arrays else {}),
+    )
+    batch = next(iter(adapter.get_numpy_iterator()))
+    batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
+    return keras.utils.unpack_x_y_sample_weight(batch)
