@@ -1,8 +1,10 @@
 """Data in every form, and one call of `model.evaluate` for all of them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+from keras.src.trainers.data_adapters import get_data_adapter
 
 
 def evaluate(model: keras.Model, data: Any) -> dict[str, float]:
@@ -20,6 +22,24 @@ def evaluate(model: keras.Model, data: Any) -> dict[str, float]:
     arrays = data if isinstance(data, tuple) else (data,)
     named = dict(zip(("x", "y", "sample_weight"), arrays))
     return model.evaluate(**named, verbose=0, return_dict=True)
+
+
+def batches(data: Any, batch_size: int = 32) -> Iterator[tuple]:
+    """Batches `(x, y, sample_weight)` of data in any form, in their order.
+
+    Args:
+        data: What `model.fit` takes as first argument, or a tuple `(x, y)` or
+            `(x, y, sample_weight)`.
+        batch_size: For arrays.
+    """
+    arrays = data if isinstance(data, tuple) else (data,)
+    named = dict(zip(("x", "y", "sample_weight"), arrays))
+    whole = keras.tree.flatten(named["x"])
+    if all(hasattr(part, "shape") for part in whole):
+        named["batch_size"] = batch_size
+    adapter = get_data_adapter(**named, shuffle=False)
+    for batch in adapter.get_numpy_iterator():
+        yield keras.utils.unpack_x_y_sample_weight(batch)
 
 
 def check_data(data: Any, name: str = "dataset") -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.trainers.data_adapters import get_data_adapter
 
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_rank
+from keras_spectral._internal.evaluate import batches
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
@@ -127,10 +127,9 @@ def calibrate(
     found = {
         place.path: _Running(subject(place.layer), limit) for place in chosen
     }
-    batches = _batches(dataset, batch_size)
     with _recording(found.values()):
         with LateProgress("calibrating", None) as progress:
-            for batch in batches:
+            for batch, *_ in batches(dataset, batch_size):
                 for running in found.values():
                     running.padding = _padding(batch)
                 model(batch, training=False)
@@ -217,17 +216,6 @@ def _recording(runnings) -> Iterator[None]:
                 own.pop(name, None)
             else:
                 own[name] = old
-
-
-def _batches(dataset, batch_size):
-    """The inputs of each batch, of any kind of dataset."""
-    x, *rest = dataset if isinstance(dataset, tuple) else (dataset,)
-    y = rest[0] if rest else None
-    arrays = all(hasattr(part, "shape") for part in keras.tree.flatten(x))
-    size = {"batch_size": batch_size} if arrays else {}
-    adapter = get_data_adapter(x, y=y, shuffle=False, **size)
-    for batch in adapter.get_numpy_iterator():
-        yield batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def _padding(batch):

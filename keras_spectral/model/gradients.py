@@ -6,10 +6,10 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.trainers.data_adapters import get_data_adapter
 
 from keras_spectral._backend import gradients
 from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.evaluate import batches
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.kernel_adapter import KernelAdapter
@@ -76,7 +76,12 @@ def kernel_gradients(
                 "two, so that it has no gradient. Expected layers with a float "
                 "kernel: leave this one out with `exclude`."
             )
-    x, y, sample_weight = _first_batch(dataset, batch_size)
+    x, y, sample_weight = (
+        None
+        if part is None
+        else keras.tree.map_structure(ops.convert_to_tensor, part)
+        for part in next(batches(dataset, batch_size))
+    )
 
     def loss():
         outputs = model(x, training=False)
@@ -103,19 +108,3 @@ def gradient_at(given: Any, path: str) -> np.ndarray:
             f"{sorted(given)[:4]}."
         )
     return given[path]
-
-
-def _first_batch(dataset, batch_size):
-    parts = dataset if isinstance(dataset, tuple) else (dataset,)
-    x, y, sample_weight = (*parts, None, None)[:3]
-    arrays = all(hasattr(part, "shape") for part in keras.tree.flatten(x))
-    adapter = get_data_adapter(
-        x,
-        y=y,
-        sample_weight=sample_weight,
-        shuffle=False,
-        **({"batch_size": batch_size} if arrays else {}),
-    )
-    batch = next(iter(adapter.get_numpy_iterator()))
-    batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
-    return keras.utils.unpack_x_y_sample_weight(batch)
