@@ -40,8 +40,7 @@ OTHER_LAYOUT = {
 EVERYWHERE = {
     f"{name}_backbone"
     for name in """
-    bart clip cspnet deberta_v3 dinov2 gemma3n llama mixtral t5 vit whisper
-    xlnet
+    cspnet deberta_v3 gemma3n mixtral t5 vit whisper xlnet
     """.split()
 } | {"bert_text_classifier", "gpt2_causal_lm", "mobilenet_v2"}
 
