@@ -175,6 +175,25 @@ _BOFT = {
     "bias": _biases("boft"),
 }
 
+
+def _choice(*words):
+    expected = ", ".join(map(repr, words[:-1])) + f" or {words[-1]!r}"
+    return Field(lambda value: value in words, expected)
+
+
+_GLORA = {
+    **_MODULES,
+    "r": _WHOLE,
+    "bias": _biases("glora"),
+    "config_A_B": _choice("lora", "vector", "constant", "none")._replace(
+        default="lora"
+    ),
+    "config_C": _choice("lora", "vector", "none")._replace(default="lora"),
+    "config_D_E": _choice("vector", "constant", "none")._replace(
+        default="constant"
+    ),
+}
+
 # What is understood of each kind. Another one is added here and in `kinds`.
 KNOWN: dict[str, dict[str, Field]] = {
     "LORA": _LORA,
@@ -184,6 +203,7 @@ KNOWN: dict[str, dict[str, Field]] = {
     "LOKR": _LOKR,
     "OFT": _OFT,
     "BOFT": _BOFT,
+    "GLORA": _GLORA,
     "IA3": {**_PLACES, "feedforward_modules": _NAMES},
     "PREFIX_TUNING": _PROMPT,
     "PROMPT_TUNING": _PROMPT,

@@ -1,4 +1,4 @@
-"""HF PEFT itself on the other side: VeRA, LoHa, LoKr, OFT, BOFT."""
+"""HF PEFT itself on the other side: VeRA, LoHa, LoKr, OFT, BOFT, GLoRA."""
 
 import numpy as np
 import pytest
@@ -100,6 +100,24 @@ _CASES = {
         {"boft_block_size": 0, "boft_block_num": 2, **_LLAMA},
     ),
     "boft conv": ("vit", "BOFT", {**_BOFT, **_CONV}),
+    "glora bert": ("bert", "Glora", {"r": 2, **_BERT}),
+    "glora vectors": (
+        "bert",
+        "Glora",
+        {
+            "r": 2,
+            "config_A_B": "vector",
+            "config_C": "vector",
+            "config_D_E": "vector",
+            **_BERT,
+        },
+    ),
+    "glora numbers": (
+        "bert",
+        "Glora",
+        {"r": 2, "config_A_B": "constant", "config_C": "none", **_BERT},
+    ),
+    "glora llama": ("llama", "Glora", {"r": 2, **_LLAMA}),
 }
 # These come out in another form, or with fields that say the same.
 _OTHER = ("loha large", "oft series of 3")
@@ -186,6 +204,12 @@ def test_their_folder_here_and_ours_there(bases, tmp_path, case):
         ("llama", "boft", {"block_size": 4, "factors": 2}),
         ("bert", "boft", {"block_size": 4, "trainable": "biases"}),
         ("vit", "boft", {"block_size": 6, "target": r".*patch_embedding.*"}),
+        ("bert", "glora", {"rank": 2}),
+        (
+            "bert",
+            "glora",
+            {"rank": 2, "parts": {"c": "none", "d": "none", "e": "none"}},
+        ),
     ],
 )
 def test_what_is_trained_here_serves_there(

@@ -100,6 +100,10 @@ class Kind:
         """The tensors of a module, from the method's options."""
         raise NotImplementedError
 
+    def constants(self, part: Part, options: dict) -> Tensors:
+        """Tensors that PEFT's files have and that say nothing, by name."""
+        return {}
+
     def fields(self, layers: dict[str, Any]) -> dict[str, Any]:
         """The configuration's fields, from the adapters by module."""
         raise NotImplementedError
@@ -167,7 +171,8 @@ class Kind:
             tensor.weight: tensor.read(take(tensors, tensor.name, path), path)
             for tensor in wanted
         }
-        extra = sorted(tensors.keys() - {tensor.name for tensor in wanted})
+        extra = tensors.keys() - {tensor.name for tensor in wanted}
+        extra = sorted(extra - self.constants(part, options).keys())
         if extra:
             raise ValueError(
                 f"The tensor '{path}.{extra[0]}' is unexpected: by its "
@@ -190,6 +195,8 @@ class Kind:
             for tensor in self.tensors(part, layer.options()):
                 value = array(getattr(layer, tensor.weight))
                 tensors[f"{path}.{tensor.name}"] = tensor.write(value)
+            constants = self.constants(part, layer.options())
+            tensors |= {f"{path}.{name}": x for name, x in constants.items()}
         fields = {
             "peft_type": self.name,
             "target_modules": sorted(layers),
