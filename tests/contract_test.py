@@ -17,6 +17,7 @@ import keras_spectral as ks
 from keras_spectral.blocks import BlockAdapter
 from keras_spectral.layers import METHODS
 from keras_spectral.layers.member import own_weights
+from keras_spectral.layers.multi_kernel import MultiKernelLoRA
 
 VARIANTS = variants.collected("layers")
 FIRST = list({v.adapter: v for v in reversed(VARIANTS)}.values())
@@ -64,11 +65,13 @@ MERGING = pytest.mark.parametrize(
 
 def test_no_adapter_skips_the_contract():
     without = variants.without_variants(ks, ks.AdapterLayer, VARIANTS)
+    # Several kernels of one layer: `layers/multi_kernel_test.py`.
+    others = BlockAdapter, MultiKernelLoRA
     blocks = {
         name
         for name in ks.__all__
         if isinstance(getattr(ks, name), type)
-        and issubclass(getattr(ks, name), BlockAdapter)
+        and issubclass(getattr(ks, name), others)
     }
     assert set(without) == blocks | {
         "AdapterLayer",

@@ -6,7 +6,9 @@ from keras import ops
 
 import keras_spectral as ks
 from keras_spectral._internal.products import thin_equations
+from keras_spectral.layers import METHODS
 from keras_spectral.layers.member import own_weights
+from keras_spectral.layers.multi_kernel import MultiKernelLoRA
 
 RNG = np.random.default_rng(0)
 
@@ -129,6 +131,15 @@ def _members(model):
 def _move(model):
     for weight in model.trainable_weights:
         weight.assign(weight + RNG.normal(0, 0.3, weight.shape))
+
+
+def test_no_adapter_of_several_kernels_is_left_out():
+    several = {
+        name
+        for name, kind in METHODS.items()
+        if issubclass(kind, MultiKernelLoRA)
+    }
+    assert several == {method for _, method, _ in CASES.values()}
 
 
 @ALL
