@@ -154,6 +154,9 @@ def _fused_columns(files, contents, weights):
                 parts.append(_tensor(given, f"{key}/delta_s", file))
             else:
                 parts.append(np.zeros_like(parts[1]))
+            if options.get("adaptive"):
+                mask = _tensor(given, f"{key}/mask", file)
+                parts = [*parts[:3], *(part * mask for part in parts[3:])]
             listed = _column_list(options)
             try:
                 _add_columns(columns.setdefault(key, {}), listed, parts, weight)

@@ -57,6 +57,7 @@ def test_disjoint_columns_add_up(files):
         "mode": "additive",
         "columns": [0, 1, 2, 3, 4],
         "shift_values": False,
+        "adaptive": False,
     }
     for got, left, right in zip(_parts(fused), _parts(a), _parts(b)):
         both = np.concatenate([left, right], axis=-1)
@@ -84,6 +85,20 @@ def test_shifts_of_the_values_add_up(files):
     got = both.get_layer("one").delta_s.numpy()
     np.testing.assert_allclose(got, 2 * shift, atol=1e-6)
     assert not b.get_layer("one").shift_values
+
+
+def test_masks_are_folded_in(files):
+    a = _train(files[0], 1, rank=3, adaptive=True, shift_values=True)
+    layer = a.get_layer("one")
+    layer.mask.assign([1.0, 0.0, 0.5])
+    ks.save_adapters(a, files[0])
+    _train(files[1], 2, rank=2, columns=3)
+    fused = ks.fuse_adapters(_model(), files).get_layer("one")
+    assert not fused.adaptive and fused.columns == [0, 1, 2, 3, 4]
+    for name in ("delta_u", "delta_v", "delta_s"):
+        expected = getattr(layer, name).numpy() * [1.0, 0.0, 0.5]
+        got = getattr(fused, name).numpy()[..., :3]
+        np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_shifts_are_summed_past_other_signs(files):
