@@ -63,6 +63,11 @@ MERGING = pytest.mark.parametrize(
 )
 
 
+MERGING_LESS = pytest.mark.parametrize(
+    ("variant", "case"), [p for p in LESS.args[1] if p.values[0].merges]
+)
+
+
 def test_no_adapter_skips_the_contract():
     without = variants.without_variants(ks, ks.AdapterLayer, VARIANTS)
     # Several kernels of one layer: `layers/multi_kernel_test.py`.
@@ -194,7 +199,7 @@ def test_switched_off_not_even_nan_shows(variant, case):
         np.testing.assert_array_equal(_numpy(model(case.inputs())), plain)
 
 
-@MERGING
+@MERGING_LESS
 def test_merge_model_gives_plain_layers_with_the_same_outputs(variant, case):
     model, adapter, _ = _wrapped(variant, case)
     _randomize(variant, adapter)

@@ -225,6 +225,7 @@ def test_sensitivity_takes_the_means_of_ivon():
     np.testing.assert_allclose(_numpy(average), 0.15 * np.abs(mean), rtol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("criterion", ["snr", "mean", "precision", "snr_abs"])
 def test_bayesian_criteria_with_ivon(criterion):
     model = _model()
