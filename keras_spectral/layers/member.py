@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_spectral._backend import assign_number
+from keras_spectral._backend import assign_numbers
 from keras_spectral._backend import is_off
 from keras_spectral._internal.checks import check_adapter_name
 
@@ -47,8 +47,7 @@ class Member:
 
     def set_strength(self, strength: float) -> None:
         """Sets how much of the change is there."""
-        assign_number(self.adapter_strength, strength)
-        self.set_to = float(strength)
+        set_all_strengths([(self, strength)])
 
     @property
     def is_off(self) -> bool:
@@ -106,6 +105,15 @@ class Member:
                 "not active. Expected one that is: "
                 f"`set_adapters(model, {self.adapter_name!r})` first."
             )
+
+
+def set_all_strengths(strengths: list[tuple[Member, float]]) -> None:
+    """Sets how much of their changes is there for many members at once."""
+    numbers = [float(strength) for _, strength in strengths]
+    assign_numbers([m.adapter_strength for m, _ in strengths], numbers)
+    for (member, _), number in zip(strengths, numbers):
+        # Past Keras, which takes long to set an attribute.
+        vars(member)["set_to"] = number
 
 
 def own_weights(member: keras.layers.Layer) -> list[keras.Variable]:

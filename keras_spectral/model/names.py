@@ -11,6 +11,7 @@ import numpy as np
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral._internal.snapshot import insist
+from keras_spectral.layers.member import set_all_strengths
 from keras_spectral.model import surgery
 from keras_spectral.model import training
 from keras_spectral.model.hosts import Names
@@ -123,7 +124,7 @@ def _train(model, members):
         return
     with training.another_set(model, members):
         for member in members:
-            member.is_trained = not member.is_trained
+            vars(member)["is_trained"] = not member.is_trained
         training.set_flags(model)
 
 
@@ -135,7 +136,7 @@ def set_strengths(
     for member, strength in strengths:
         if member.retraces and member.is_off != (strength == 0):
             retraced.append(member)
-        member.set_strength(strength)
+    set_all_strengths(strengths)
     if retraced:
         above = surgery.models_above(surgery.owners(model), retraced)
         training.forget_compiled(above)
