@@ -9,11 +9,12 @@ from keras_spectral._backend import is_in_graph
 from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral._internal.twin import twin
 from keras_spectral._internal.twin import without_ending
+from keras_spectral.kernels.replaceable import Replaceable
 
 _PROBE_ROWS = 512
 
 
-class KernelView:
+class KernelView(Replaceable):
     """A layer's kernel as a matrix `K` (n_in x n_out), `y = x K + b`.
 
     Attributes:
@@ -235,39 +236,6 @@ class KernelView:
         """The variable of the bias, None without one."""
         return getattr(self.layer, "bias", None)
 
-    @property
-    def num_weights(self) -> int:
-        """Numbers in the kernel itself."""
-        return math.prod(self.variable().shape)
-
-    def pair_weights(self, rank, slices=1) -> int:
-        """Numbers in a pair of layers that does the kernel's work."""
-        return rank * (self.n_in + slices * self.n_out)
-
-    def flops(self, input_shape, rank=None, slices=1) -> int:
-        """Operations of the kernel, or of a pair, for one example.
-
-        A multiplication and an addition are two. Sizes that are not known,
-        as those of sequences, count as 1.
-
-        Args:
-            input_shape: The layer's, with the batch first.
-            rank: That of the pair; None for the kernel itself.
-            slices: Those of the pair.
-        """
-        weights = self.num_weights
-        if rank is not None:
-            weights = self.pair_weights(rank, slices)
-        return 2 * weights * self.positions(input_shape)
-
-    def positions(self, input_shape) -> int:
-        """How often one example uses each number of the kernel."""
-        return math.prod(size or 1 for size in input_shape[1:-1])
-
-    def input_shape(self) -> tuple | None:
-        """The shape that the layer was built for, batch first, if known."""
-        return (self.layer.get_build_config() or {}).get("input_shape")
-
     def trials(self, rng):
         """A few random inputs, each with what else a call takes.
 
@@ -285,45 +253,6 @@ class KernelView:
     def _side_to_try(self):
         """A size for dimensions that are not known."""
         return 3
-
-    def slicings(self) -> list[int]:
-        """Into how many equal slices the layer's input can be cut."""
-        return [1]
-
-    def parts(self, matrix, slices=1):
-        """The matrices that a pair of layers factors apart.
-
-        Args:
-            matrix: Tensor (n_in, n_out).
-            slices: One of `slicings`: how many slices of the input have a
-                pair of their own.
-
-        Returns:
-            A tensor (parts, rows, columns).
-        """
-        return matrix[None]
-
-    def thin_layers(self, rank, slices=1) -> list[keras.layers.Layer]:
-        """Two plain Keras layers, unbuilt, one after the other.
-
-        Together they do what this layer does with a kernel of that rank; the
-        second has its bias and activation.
-        """
-        raise NotImplementedError
-
-    def _options(self, *names):
-        """Constructor arguments of the layer's own, by name."""
-        return {name: getattr(self.layer, name) for name in names}
-
-    def _output_options(self):
-        """The options that the second of two thin layers takes over."""
-        shared = self._options("bias_regularizer", "bias_constraint")
-        shared |= self._options("activation", "activity_regularizer")
-        return {**shared, "dtype": self.layer.dtype_policy, "name": "up"}
-
-    def _code_options(self):
-        """The options that the first of two thin layers takes over."""
-        return {"dtype": self.layer.dtype_policy, "name": "down"}
 
     def _sizes(self):
         raise NotImplementedError

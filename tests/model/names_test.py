@@ -49,7 +49,7 @@ def _two():
     return model, base, first, second
 
 
-def _same(got, expected, atol=0.0):
+def assert_same(got, expected, atol=0.0):
     np.testing.assert_allclose(got, expected, atol=atol, rtol=0)
 
 
@@ -58,11 +58,11 @@ def test_each_alone_is_what_it_was_and_none_is_the_base():
     assert ks.adapter_names(model) == ["first", "second"]
     assert np.abs(first - second).max() > 0.1
     for _ in range(2):
-        _same(_out(ks.set_adapters(model, "first")), first)
-        _same(_out(ks.set_adapters(model, ["second"])), second)
-        _same(_out(ks.set_adapters(model, [])), base)
+        assert_same(_out(ks.set_adapters(model, "first")), first)
+        assert_same(_out(ks.set_adapters(model, ["second"])), second)
+        assert_same(_out(ks.set_adapters(model, [])), base)
     with ks.unwrapped(model):
-        _same(_out(model), base)
+        assert_same(_out(model), base)
 
 
 def test_a_new_one_is_the_only_active_one():
@@ -70,7 +70,7 @@ def test_a_new_one_is_the_only_active_one():
     base = _out(model)
     _train(_add(model, "first"))
     _add(model, "second")
-    _same(_out(model), base)
+    assert_same(_out(model), base)
     assert {w.path.split("/")[-2] for w in model.trainable_weights} == {
         "second"
     }
@@ -98,11 +98,11 @@ def test_strengths_mix_kernels_and_heads():
         np.testing.assert_allclose(
             model.get_layer("two").kernel.numpy(), kernels["two"], atol=1e-6
         )
-        _same(_out(model), mixed, 1e-5)
-    _same(_out(model), mixed)
+        assert_same(_out(model), mixed, 1e-5)
+    assert_same(_out(model), mixed)
     ks.merge_model(model)
     assert [type(layer) for layer in model.layers] == 3 * [keras.layers.Dense]
-    _same(_out(model), mixed, 1e-5)
+    assert_same(_out(model), mixed, 1e-5)
 
 
 def test_off_not_even_nan_shows_beside_another():
@@ -110,8 +110,8 @@ def test_off_not_even_nan_shows_beside_another():
     ks.set_adapters(model, "second")
     for weight in model.trainable_weights:
         weight.assign(np.full(weight.shape, np.nan))
-    _same(_out(ks.set_adapters(model, "first")), first)
-    _same(_out(ks.set_adapters(model, [])), base)
+    assert_same(_out(ks.set_adapters(model, "first")), first)
+    assert_same(_out(ks.set_adapters(model, [])), base)
 
 
 def test_one_fit_moves_the_active_one_only():
@@ -161,7 +161,7 @@ def test_two_tasks_trained_in_turn_equal_two_models():
             ks.set_adapters(model, name)
             model.fit(X, y, epochs=2, verbose=0, shuffle=False)
     for name, outputs in expected.items():
-        _same(_out(ks.set_adapters(model, name)), outputs, 1e-6)
+        assert_same(_out(ks.set_adapters(model, name)), outputs, 1e-6)
 
 
 @pytest.mark.parametrize("end", ["delete", "unwrapped", "wrap"])
@@ -264,11 +264,11 @@ def test_dropping_and_renaming():
     assert ks.adapter_names(model) == ["second"]
     assert type(model.get_layer("one")) is keras.layers.Dense
     assert type(model.get_layer("two")) is ks.SpectralDense
-    _same(_out(model), base)
-    _same(_out(ks.set_adapters(model, "second")), second)
+    assert_same(_out(model), base)
+    assert_same(_out(ks.set_adapters(model, "second")), second)
     model.fit(X, Y, verbose=0)
     ks.unwrap_model(model, adapter="second")
-    _same(_out(model), base)
+    assert_same(_out(model), base)
     assert len(model.trainable_weights) == len(model.weights) == 6
 
 
@@ -286,7 +286,7 @@ def test_one_of_two_is_folded_in():
         ops.convert_to_numpy(head.kernel),
         atol=1e-6,
     )
-    _same(_out(ks.set_adapters(model, [])), first, 1e-5)
+    assert_same(_out(ks.set_adapters(model, [])), first, 1e-5)
     assert both.shape == first.shape
 
 
@@ -296,15 +296,15 @@ def test_left_out_for_a_moment():
     both = _out(model)
     with ks.unwrapped(model, adapter="second"):
         assert ks.adapter_names(model) == ["first"]
-        _same(_out(model), first)
-    _same(_out(model), both)
+        assert_same(_out(model), first)
+    assert_same(_out(model), both)
     with ks.merged(model, adapter="first"):
         assert ks.adapter_names(model) == []
-        _same(_out(model), first, 1e-5)
-    _same(_out(model), both)
+        assert_same(_out(model), first, 1e-5)
+    assert_same(_out(model), both)
     with ks.adapters_disabled(model):
-        _same(_out(model), base)
-    _same(_out(model), both)
+        assert_same(_out(model), base)
+    assert_same(_out(model), both)
 
 
 def test_files_by_name(tmp_path):
@@ -316,18 +316,18 @@ def test_files_by_name(tmp_path):
         file = tmp_path / f"{name}.safetensors"
         ks.save_adapters(model, file, adapter=name)
     fresh = ks.load_adapters(_model(), tmp_path / "all.safetensors")
-    _same(_out(fresh), both)  # with the strengths it was saved with
+    assert_same(_out(fresh), both)  # with the strengths it was saved with
     fresh = _model()
     ks.load_adapters(fresh, tmp_path / "first.safetensors")
-    _same(_out(fresh), first)
+    assert_same(_out(fresh), first)
     ks.load_adapters(fresh, tmp_path / "second.safetensors", adapter="2nd")
     assert ks.adapter_names(fresh) == ["first", "2nd"]
-    _same(_out(fresh), second)
-    _same(_out(ks.set_adapters(fresh, "first")), first)
+    assert_same(_out(fresh), second)
+    assert_same(_out(ks.set_adapters(fresh, "first")), first)
     picked = ks.load_adapters(
         _model(), tmp_path / "all.safetensors", adapter=["second"]
     )
-    _same(_out(picked), second)
+    assert_same(_out(picked), second)
 
 
 @pytest.mark.compiled
@@ -343,7 +343,7 @@ def test_loading_over_a_name_swaps_values(tmp_path):
     assert [id(w) for w in model.weights] == variables
     assert model.predict_function is function
     assert model.optimizer is optimizer
-    _same(_out(model), trained)
+    assert_same(_out(model), trained)
 
 
 def test_whole_models_hold_all_adapters(tmp_path):
@@ -353,12 +353,12 @@ def test_whole_models_hold_all_adapters(tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert ks.adapter_names(again) == ["first", "second"]
-    _same(_out(again), _out(model), 1e-6)
-    _same(_out(ks.set_adapters(again, "second")), second, 1e-6)
+    assert_same(_out(again), _out(model), 1e-6)
+    assert_same(_out(ks.set_adapters(again, "second")), second, 1e-6)
     model.save_weights(tmp_path / "model.weights.h5")
     other = _add(_add(_model(), "first"), "second", "spectral", ["two"])
     other.load_weights(tmp_path / "model.weights.h5")
-    _same(_out(other), _out(model), 1e-6)
+    assert_same(_out(other), _out(model), 1e-6)
 
 
 def test_each_example_through_its_own():
@@ -371,9 +371,9 @@ def test_each_example_through_its_own():
             model(X[:4])
     expected = {"first": first, "second": second, None: base}
     for i, name in enumerate(names):
-        _same(eager[i], expected[name][i], 1e-5)
-        _same(compiled[i], expected[name][i], 1e-5)
-    _same(_out(model), second)
+        assert_same(eager[i], expected[name][i], 1e-5)
+        assert_same(compiled[i], expected[name][i], 1e-5)
+    assert_same(_out(model), second)
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prefix", "unipelt"])
@@ -392,13 +392,13 @@ def test_blocks_by_name(method):
         alone[name] = out()
     for name, expected in alone.items():
         ks.set_adapters(model, name)
-        _same(out(), expected, 1e-6)
+        assert_same(out(), expected, 1e-6)
     with ks.mixed_batch(model, ["b", None, "a"]):
         got = out()
     for i, expected in enumerate((alone["b"], base, alone["a"])):
-        _same(got[i], expected[i], 1e-5)
+        assert_same(got[i], expected[i], 1e-5)
     ks.set_adapters(model, [])
-    _same(out(), base, 1e-6)
+    assert_same(out(), base, 1e-6)
 
 
 def test_soft_prompts_by_name():
@@ -422,8 +422,8 @@ def test_soft_prompts_by_name():
         outputs[name] = ops.convert_to_numpy(model(ids))
     for name in ("a", "b"):
         ks.set_adapters(model, name)
-        _same(ops.convert_to_numpy(model(ids)), outputs[name], 1e-6)
-    _same(
+        assert_same(ops.convert_to_numpy(model(ids)), outputs[name], 1e-6)
+    assert_same(
         ops.convert_to_numpy(ks.set_adapters(model, [])(ids)), outputs["base"]
     )
     ks.set_adapters(model, ["a", "b"])
@@ -452,12 +452,12 @@ def test_norms_train_as_copies_of_their_own():
         outputs[name] = model.predict(X, verbose=0)
     for name in ("a", "b", "a"):
         ks.set_adapters(model, name)
-        _same(model.predict(X, verbose=0), outputs[name], 1e-6)
+        assert_same(model.predict(X, verbose=0), outputs[name], 1e-6)
     ks.set_adapters(model, [])
-    _same(model.predict(X, verbose=0), base, 1e-6)
+    assert_same(model.predict(X, verbose=0), base, 1e-6)
     ks.set_adapters(model, "a")
     ks.merge_model(model)
-    _same(model.predict(X, verbose=0), outputs["a"], 1e-5)
+    assert_same(model.predict(X, verbose=0), outputs["a"], 1e-5)
 
 
 def test_biases_beside_copies_are_refused_or_train_whole():
@@ -501,7 +501,7 @@ def test_bad_input_changes_nothing(act, match):
     trained = [id(w) for w in model.trainable_weights]
     with pytest.raises(ValueError, match=match):
         act(model)
-    _same(_out(model), second)
+    assert_same(_out(model), second)
     assert [id(w) for w in model.trainable_weights] == trained
 
 

@@ -87,7 +87,7 @@ def _each_alone(make, values, gradients):
     return ends
 
 
-def _assert_equal(got, expected, start, **tolerance):
+def assert_equal(got, expected, start, **tolerance):
     for one, other, before, c in zip(got, expected, start, FACTORS.values()):
         np.testing.assert_allclose(
             one, other, **{"rtol": 1e-5, "atol": 1e-6, **tolerance}
@@ -104,7 +104,7 @@ def test_each_optimizer_equals_several_with_their_own_rates(name):
         return kind(0.01 * c, weight_decay=0.1)
 
     got = _trained(WithRates(make(), RATES), values, gradients)
-    _assert_equal(got, _each_alone(make, values, gradients), values)
+    assert_equal(got, _each_alone(make, values, gradients), values)
 
 
 @pytest.mark.once
@@ -127,7 +127,7 @@ def test_options_equal_those_of_several(options):
 
     optimizer = WithRates(make(), RATES)
     got = _trained(optimizer, values, gradients)
-    _assert_equal(got, _each_alone(make, values, gradients), values)
+    assert_equal(got, _each_alone(make, values, gradients), values)
     steps = options.get("gradient_accumulation_steps", 1)
     assert int(optimizer.iterations) == 4 / steps
 
@@ -184,7 +184,7 @@ def test_the_rate_of_the_moment_times_the_factor(kind):
         _adamw(w, [s[i] for s in gradients], np.multiply(rates, c), 0.3)
         for i, (w, c) in enumerate(zip(values, FACTORS.values()))
     ]
-    _assert_equal(got, expected, values, rtol=1e-4, atol=2e-5)
+    assert_equal(got, expected, values, rtol=1e-4, atol=2e-5)
 
 
 def test_the_norm_of_all_gradients_is_clipped():
@@ -198,7 +198,7 @@ def test_the_norm_of_all_gradients_is_clipped():
             w - 0.01 * c * g * 0.5 / norm
             for w, g, c in zip(expected, step, FACTORS.values())
         ]
-    _assert_equal(got, expected, values)
+    assert_equal(got, expected, values)
 
 
 def test_within_a_scaled_loss():
@@ -209,11 +209,11 @@ def test_within_a_scaled_loss():
     assert inner.inner_optimizer.loss_scale_factor is None
     expected = _trained(plain, values, gradients)
     got = _trained(scaled, values, gradients, scale=4.0)
-    _assert_equal(got, expected, values)
+    assert_equal(got, expected, values)
     infinite = [np.inf * np.ones_like(g) for g in gradients[0]]
     variables = scaled.inner_optimizer.inner_optimizer._trainable_variables
     _apply(scaled, infinite, variables)
-    _assert_equal([_numpy(v) for v in variables], expected, values)
+    assert_equal([_numpy(v) for v in variables], expected, values)
     assert float(scaled.dynamic_scale) == 2.0
     assert int(scaled.iterations) == 4
 
@@ -491,7 +491,7 @@ def test_functions_after_updates_see_each_step_once(first, scaled):
         ]
         expected = [w + m for w, m in zip(expected, momenta)]
         total += sum(w.sum() for w in expected)
-    _assert_equal([_numpy(v) for v in variables], expected, values)
+    assert_equal([_numpy(v) for v in variables], expected, values)
     assert len(seen) == 2 and float(extra) == pytest.approx(total, 1e-5)
     store = {}
     inner.save_own_variables(store)
@@ -642,7 +642,7 @@ def test_around_ivon():
         return ivon
 
     got = _trained(WithRates(make(1), RATES), values, gradients)
-    _assert_equal(got, _each_alone(make, values, gradients), values)
+    assert_equal(got, _each_alone(make, values, gradients), values)
 
 
 def test_ivon_is_found_and_draws_where_the_mean_stays():
