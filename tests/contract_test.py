@@ -100,7 +100,14 @@ def _model(case, dtype=None):
     layer = case.make()
     if dtype:
         layer = type(layer).from_config({**layer.get_config(), "dtype": dtype})
-    return keras.Model(inputs, layer(inputs)), layer
+    model = keras.Model(inputs, layer(inputs))
+    # Fresh biases are zero, and fresh scales of norms one.
+    rng = np.random.default_rng(2)
+    for name in ("bias", "beta", "gamma"):
+        weight = getattr(layer, name, None)
+        if isinstance(weight, keras.Variable):
+            weight.assign(weight + rng.normal(0, 0.3, weight.shape))
+    return model, layer
 
 
 def _wrapped(variant, case, dtype=None):

@@ -254,3 +254,23 @@ def test_convolutions_of_float64_are_compressed(case):
     small = ks.compress_model(model, max_error=0.9, target="base")
     assert {weight.dtype for weight in small.weights} == {WIDE}
     assert small(x).shape == model(x).shape
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_by_channel(groups):
+    """Channels first and offsets behind, as in PyTorch's kernels."""
+    layer = keras.layers.Conv2D(6, (3, 2), groups=groups)
+    layer.build((None, 7, 7, 4))
+    view = kernel_view(layer)
+    kernel = np.random.default_rng(0).normal(size=layer.kernel.shape)
+    matrix = ops.convert_to_numpy(view.to_matrix(kernel))
+    own = np.zeros((4, 3, 2, 6))
+    for channel in range(4):
+        group, inner = divmod(channel, 4 // groups)
+        filters = slice(group * 6 // groups, (group + 1) * 6 // groups)
+        own[channel, :, :, filters] = kernel[:, :, inner, filters]
+    expected = own.reshape(24, 6)
+    got = ops.convert_to_numpy(view.by_channel(matrix))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    back = ops.convert_to_numpy(view.by_offset(expected))
+    np.testing.assert_allclose(back, matrix, atol=1e-6)

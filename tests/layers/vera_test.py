@@ -78,6 +78,16 @@ def test_one_pair_serves_all_layers_and_is_saved_once(tmp_path):
     one, two = model.layers
     assert one.pair is two.pair
     assert (one.pair.n_in, one.pair.n_out) == (6, 6)
+    # Each takes the first rows and columns.
+    for layer, n_in, n_out in ((one, 5, 6), (two, 6, 3)):
+        a = ops.convert_to_numpy(layer.factors()[0])
+        expected = 0.1 * layer.pair.vera_a.numpy()[:n_in]
+        np.testing.assert_allclose(a, expected, atol=1e-6)
+        layer.vera_v.assign(np.ones(n_out))
+        b = ops.convert_to_numpy(layer.factors()[1])
+        expected = layer.pair.vera_b.numpy()[:, :n_out]
+        np.testing.assert_allclose(b, expected, atol=1e-6)
+        layer.vera_v.assign(np.zeros(n_out))
     trained = sum(np.prod(w.shape) for w in model.trainable_weights)
     assert trained == 9 + 6 + 9 + 3
     assert ks.adapter_summary(model).trainable == trained
