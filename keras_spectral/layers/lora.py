@@ -37,7 +37,11 @@ class LoRADense(LowRankAdapter):
     with the last ones, so that it is kept. With `original=float_model` on a
     quantised model `"loftq"`: A B is the best pair of its rank for what
     quantisation took away, so the adapted layer starts nearer to the original
-    than the base.
+    than the base. With `gradients=kernel_gradients(model, dataset)`
+    `"lora_ga"`: of the gradient's singular vectors A takes the left ones 1 to
+    r and B the right ones r + 1 to 2 r, times `n_out^(1/4) / 4`, so that the
+    first step of gradient descent moves the kernel along the gradient's best
+    part of rank 2 r.
 
     Use it as the first thing to try: it is cheap, and it merges exactly.
     Works on Dense, EinsumDense, Conv (then A is a convolution and B a 1x1),
@@ -47,7 +51,8 @@ class LoRADense(LowRankAdapter):
     2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA:
     Buyukakyuz 2024, arXiv 2406.01775; EVA: Paischer et al. 2024, arXiv
     2410.07170; CorDA: Yang et al. 2024, arXiv 2406.05223; LoftQ: Li et al.
-    2023, arXiv 2310.08659; orthogonal and MiCA as in HF PEFT.
+    2023, arXiv 2310.08659; LoRA-GA: Wang et al. 2024, arXiv 2407.05000;
+    orthogonal and MiCA as in HF PEFT.
 
     Args:
         layer: The base layer.
@@ -56,10 +61,11 @@ class LoRADense(LowRankAdapter):
         dropout: Share of inputs dropped before A while training, 0 <= p < 1.
         scaling: `"standard"` (alpha/rank) or `"rslora"` (alpha/sqrt(rank)).
         initializer: `"kaiming"`, `"pissa"`, `"olora"`, `"orthogonal"`,
-            `"mica"`, `"eva"`, `"corda"`, `"corda_kpm"` or `"loftq"`.
+            `"mica"`, `"eva"`, `"corda"`, `"corda_kpm"`, `"loftq"` or
+            `"lora_ga"`.
         seed: Integer seed of A's start and of dropout.
-        start_data: What a start is given: `Moments`, or the float kernel as a
-            matrix (n_in x n_out). `wrap_model` sees to it.
+        start_data: What a start is given: `Moments`, or as a matrix
+            (n_in x n_out) the float kernel or its gradient. `wrap_model` sees to it.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
 
     Call arguments:

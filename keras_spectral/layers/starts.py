@@ -11,6 +11,7 @@ from keras_spectral._internal.checks import derived_seed
 
 # Each makes the arguments of LowRankPair that say how it starts.
 STARTS: dict[str, Callable] = {}
+_LORA_GA_GAMMA = 16
 
 
 def start(function):
@@ -141,6 +142,31 @@ def _corda(adapter, first):
     return {"a_start": a_start, "b_start": b_start, "keeps_start": True}
 
 
+@start
+def lora_ga(adapter):
+    """Singular vectors of the gradient: A takes 1 to r, B r + 1 to 2 r."""
+    rank, view = adapter.rank, adapter.view
+    if 2 * rank > view.max_rank:
+        raise ValueError(
+            f"Received rank={rank} for layer '{adapter.name}' with "
+            "initializer='lora_ga'. Expected at most half of the kernel's "
+            f"rank, {view.max_rank // 2}: the pair starts at 2 rank directions."
+        )
+
+    def factors():
+        blocks = view.blocks(ops.convert_to_tensor(adapter.start_data))
+        u, _, vt = ops.svd(blocks, full_matrices=False)
+        size = view.n_out**0.25 / math.sqrt(_LORA_GA_GAMMA)
+        return view.joined(
+            size * u[..., :rank], size * vt[..., rank : 2 * rank, :]
+        )
+
+    a_start, b_start = adapter.made_late(
+        factors, lambda a, b: a, lambda a, b: b
+    )
+    return {"a_start": a_start, "b_start": b_start, "keeps_start": True}
+
+
 def _invertible(moments):
     """Second moments with as much on the diagonal as their inverse needs."""
     size, damp = len(moments), 0.01
@@ -182,6 +208,7 @@ NEEDS = {
     "corda": "calibration",
     "corda_kpm": "calibration",
     "loftq": "original",
+    "lora_ga": "gradients",
 }
 # In the place of that in configurations: the weights come from a file.
 LOADED = "loaded"

@@ -110,3 +110,41 @@ def test_what_it_refuses():
     plain = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="not compiled"):
         ks.kernel_gradients(plain, (X, Y), "all")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_lora_ga_steps_along_the_gradient(groups):
+    keras.utils.set_random_seed(0)
+    layer = keras.layers.Conv2D(8, 3, groups=groups, name="conv")
+    model = keras.Sequential([keras.Input((5, 5, 4)), layer])
+    model.compile(keras.optimizers.SGD(1e-3), "mse")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 5, 5, 4)).astype("float32")
+    y = rng.normal(size=(6, 3, 3, 8)).astype("float32")
+    found = ks.kernel_gradients(model, (x, y), "conv")
+    plain = model.predict(x, verbose=0)
+    options = {"initializer": "lora_ga", "gradients": found}
+    ks.wrap_model(model, "lora", "conv", rank=2, alpha=4, **options)
+    np.testing.assert_allclose(model.predict(x, verbose=0), plain, atol=1e-5)
+    adapter = model.layers[0]
+    before = ops.convert_to_numpy(adapter.delta_matrix())
+    np.testing.assert_allclose(before, 0, atol=1e-6)
+    model.fit(x, y, batch_size=6, verbose=0)
+    moved = ops.convert_to_numpy(adapter.delta_matrix())
+    # Two steps of size 1e-3 by s = 2 twice and by sqrt(n_out) / 16.
+    blocks = adapter.view.blocks(found["conv"])
+    u, s, vt = np.linalg.svd(ops.convert_to_numpy(blocks), full_matrices=False)
+    best = (u[..., :4] * s[..., None, :4]) @ vt[..., :4, :]
+    step = 1e-3 * 4 * np.sqrt(8) / 16
+    got = ops.convert_to_numpy(adapter.view.blocks(moved))
+    np.testing.assert_allclose(got, -step * best, atol=2e-3 * step)
+
+
+def test_lora_ga_needs_room():
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5)])
+    model.compile("sgd", "mse")
+    data = np.ones((4, 6), "float32"), np.ones((4, 5), "float32")
+    found = ks.kernel_gradients(model, data, "all")
+    options = {"initializer": "lora_ga", "gradients": found}
+    with pytest.raises(ValueError, match="half of the kernel's rank, 2"):
+        ks.wrap_model(model, "lora", "all", rank=3, **options)
