@@ -34,9 +34,31 @@ VARIANTS = (
     "enable_lora",
     "full",
 )
+RANK = 8
+# Every other method on a kernel, for `--variants methods`: its options.
+METHODS: dict[str, dict] = {
+    "dora": {"rank": RANK},
+    "lora_fa": {"rank": RANK},
+    "dylora": {"rank": RANK},
+    "decaying_lora": {"rank": RANK, "end_step": 10**6},
+    "orthogonal_adaptation": {"rank": RANK},
+    "vera": {"rank": 256},
+    "lidb": {},
+    "loha": {"rank": RANK},
+    "lokr": {"rank": RANK},
+    "oft": {},
+    "boft": {},
+    "ia3": {},
+    "ssf": {},
+    "bitfit": {},
+    "glora": {},
+    "deep_lora": {"rank": RANK, "gradients": True},  # the compressed form
+    "spectral_values": {"method": "spectral", "mode": "values"},
+    "spectral_rotate": {"method": "spectral", "mode": "rotate", "rank": RANK},
+    "conditional_spectral": {},
+}
 CASES = ("minilm", "dense")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-RANK = 8
 # Adapters of whole blocks, and their options: for MiniLM only.
 BLOCKS: dict[str, dict] = {
     "bottleneck": {},
@@ -101,8 +123,8 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
     that never ends, and `adalora_ivon`, by SNR and IVON; `spectral` and
     `gated_spectral`, those adapters' weights; `gated_rebuilt`, the same gates
     in a prototype that rebuilds every kernel in every call; those of
-    `BLOCKS`, the adapters' weights; `full`, everything. A task head trains in
-    `full` only.
+    `BLOCKS` and `METHODS`, the adapters' weights; `full`, everything. A task
+    head trains in `full` only.
     """
     import keras
 
@@ -110,6 +132,11 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
 
     model, layers, inputs, targets = (
         minilm_case() if case == "minilm" else dense_case()
+    )
+    loss = (
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if case == "minilm"
+        else keras.losses.MeanSquaredError()
     )
     if variant == "frozen":
         train_only(model, [layers[0].bias])
@@ -124,14 +151,15 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
         ks.wrap_model(model, variant, trainable=[], **BLOCKS[variant])
     elif variant != "full":
         target = "attention" if case == "minilm" else keras.layers.Dense
-        method = variant.removesuffix("_ivon")
-        options = {"rank": RANK} | ({"alpha": RANK} if method == "lora" else {})
+        options = {"method": variant.removesuffix("_ivon"), "rank": RANK}
+        options = {"method": variant, **METHODS.get(variant, options)}
+        method = options.pop("method")
+        if options.get("gradients"):
+            model.compile("sgd", loss)
+            options["gradients"] = ks.kernel_gradients(
+                model, (inputs, targets), target, batch_size=BATCH[case]
+            )
         ks.wrap_model(model, method, target=target, trainable=[], **options)
-    loss = (
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        if case == "minilm"
-        else keras.losses.MeanSquaredError()
-    )
     model.compile(make_optimizer(variant), loss)
     if variant.startswith("adalora"):
         # By hand, once: within `fit` it would compile the step each time.
@@ -253,7 +281,7 @@ def run(command: list[str], backend: str | None = None) -> dict:
 
 
 def run_peer(args: argparse.Namespace) -> dict:
-    """HF PEFT's LoRA on the same model and batch, in its own environment."""
+    """HF PEFT on the same model and batch, in its own environment."""
     sizes = {
         "--batch": BATCH["minilm"],
         "--length": TOKENS,
@@ -261,7 +289,8 @@ def run_peer(args: argparse.Namespace) -> dict:
         "--repeats": args.repeats,
     }
     options = [str(part) for pair in sizes.items() for part in pair]
-    return run([args.peer_python, args.peer_script, "lora", *options])
+    command = [args.peer_python, args.peer_script, args.peer_method]
+    return run([*command, *options])
 
 
 def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
@@ -282,7 +311,7 @@ def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
     rows = {}
     for name in args.variants:
         memory = {}
-        if not args.predict:
+        if not args.predict and not args.time_only:
             alone = ["--variants", name, "--worker", "memory"]
             memory = run([*worker, *alone], backend)
         times = timed["milliseconds"][name]
@@ -356,12 +385,20 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--case", choices=[*CASES, "all"], default="all")
     add("--backends", help="comma separated; default: KERAS_BACKEND")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add(
+        "--variants",
+        nargs="+",
+        choices=[*VARIANTS, *METHODS, "methods"],
+        default=list(VARIANTS),
+        help="methods: LoRA and every other method on a kernel",
+    )
     add("--repeats", type=int, default=7)
     add("--predict", action="store_true", help="time inference, not training")
+    add("--time-only", action="store_true", help="do not measure memory")
     add("--clock", choices=CLOCKS, default="wall", help="wall or CPU time")
     add("--peer-python", default=sys.executable)
     add("--peer-script", help="script that times HF PEFT; none: no peer")
+    add("--peer-method", default="lora", help="lora, dora or full")
     add("--worker", choices=["time", "memory"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -384,6 +421,9 @@ def main() -> None:
         return
     cases = CASES if args.case == "all" else [args.case]
     asked = args.variants
+    if "methods" in asked:
+        mine = ("frozen", "lora", "adalora", "spectral", "gated_spectral")
+        asked = [*mine, *METHODS]
     backends = args.backends or os.environ.get("KERAS_BACKEND", "tensorflow")
     for backend in backends.split(","):
         for case in cases:

@@ -1,13 +1,13 @@
 """Learning rates and accuracy of every method on one small real task.
 
 Usage:
-    KERAS_BACKEND=jax python benchmarks/study.py run --out study.jsonl --data DIR
+    python benchmarks/study.py run --out study.jsonl --data DIR
     python benchmarks/study.py table --out study.jsonl
     python benchmarks/study.py plot --out study.jsonl --picture study.png
 
 MiniLM-L6 on 1,000 sentences of SST-2, two epochs in batches of 16, float32.
-Each method is trained at five rates with seed 0 and scored on 500 other
-training sentences; the best of them then trains with seeds 1 and 2 as well and
+Each method is trained at five rates with seed 0, from the lowest up to one that
+breaks the training, and scored on 500 other training sentences; the best of them then trains with seeds 1 and 2 as well and
 is scored on the test split. A run is a line of the file: what is there is not
 run again, so the script can be stopped at any time and started with other
 methods in a second process.
@@ -81,6 +81,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     ),
     "soft_prompt": ("soft_prompt", {}, HIGH),
 }
+# A rate this far below a lower one's accuracy ends the search upwards.
+TOO_HIGH = 0.1
 # Beyond the classifier's layer of 770 weights, which trains in every method.
 HEAD_WEIGHTS = 770
 
@@ -277,9 +279,14 @@ def next_run(name: str, lines: list[dict]) -> tuple[float, int] | None:
     """The rate and seed to run next, None where the method is done."""
     mine = [line for line in lines if line["method"] == name]
     done = {(line["rate"], line["seed"]) for line in mine}
+    scores = {x["rate"]: x["held_out"] for x in mine if x["seed"] == 0}
     for rate in METHODS[name][2]:
-        if (rate, 0) not in done:
+        if rate not in scores:
             return rate, 0
+        if scores[rate] < max(scores.values()) - TOO_HIGH and rate > best_rate(
+            name, mine
+        ):
+            break
     best = best_rate(name, mine)
     for seed in SEEDS[1:]:
         if (best, seed) not in done:

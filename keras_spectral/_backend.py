@@ -132,12 +132,17 @@ def gradients(loss: Callable, variables: list[keras.Variable]) -> list:
     if backend == "tensorflow":
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
-            tape.watch(values)
-            total = loss()
-        zero = tf.UnconnectedGradients.ZERO
-        found = tape.gradient(total, values, unconnected_gradients=zero)
-        return [tf.convert_to_tensor(x) for x in found]
+        # In a graph: grouped convolutions have no gradient outside of one.
+        @tf.function(autograph=False)
+        def compute():
+            with tf.GradientTape() as tape:
+                tape.watch(values)
+                total = loss()
+            zero = tf.UnconnectedGradients.ZERO
+            found = tape.gradient(total, values, unconnected_gradients=zero)
+            return [tf.convert_to_tensor(x) for x in found]
+
+        return compute()
     import torch
 
     flags = [value.requires_grad for value in values]

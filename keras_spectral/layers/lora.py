@@ -65,7 +65,8 @@ class LoRADense(LowRankAdapter):
             `"lora_ga"`.
         seed: Integer seed of A's start and of dropout.
         start_data: What a start is given: `Moments`, or as a matrix
-            (n_in x n_out) the float kernel or its gradient. `wrap_model` sees to it.
+            (n_in x n_out) the float kernel or its gradient. `wrap_model` sees
+            to it.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
 
     Call arguments:

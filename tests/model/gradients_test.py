@@ -112,6 +112,7 @@ def test_what_it_refuses():
         ks.kernel_gradients(plain, (X, Y), "all")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("groups", [1, 2])
 def test_lora_ga_steps_along_the_gradient(groups):
     keras.utils.set_random_seed(0)
