@@ -33,12 +33,15 @@ lab: $(READY)
 check-notebooks: $(READY)
 	$(BIN)/python tutorials/build.py --check
 
+# The source archive of vaderSentiment holds rated sentences for a tutorial.
 # PyTorch first and pinned: a plain `torch` brings gigabytes of CUDA.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install -q --disable-pip-version-check \
 		-e ".[tensorflow,jax,hub,plots,notebooks,test]"
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps \
+		--no-binary :all: --dest .data vaderSentiment==3.3.2
 	touch $(READY)
 
 # The oldest Keras we support, put before the newest one on the path.

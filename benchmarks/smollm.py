@@ -133,15 +133,16 @@ class LanguageModel(keras.Model):
         return self.backbone.token_embedding(hidden, reverse=True)
 
 
+def prepare(model, rate=0.0):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(rate), loss)
+
+
 def perplexity(model, rows):
-    total = 0.0
-    for row in rows:
-        logits = ops.cast(model(row[None, :-1]), "float32")
-        loss = keras.losses.sparse_categorical_crossentropy(
-            row[None, 1:], logits, from_logits=True
-        )
-        total += float(ops.mean(loss))
-    return float(np.exp(total / len(rows)))
+    if not model.compiled:
+        prepare(model)
+    loss = model.evaluate(rows[:, :-1], rows[:, 1:], batch_size=2, verbose=0)
+    return float(np.exp(loss))
 
 
 def main() -> None:
@@ -199,8 +200,7 @@ def main() -> None:
         if lora is None or not args.steps:
             return
         begin = time.time()
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(args.rate), loss)
+        prepare(model, args.rate)
         model.fit(
             trains[:, :-1], trains[:, 1:], batch_size=args.batch, verbose=0
         )

@@ -6,11 +6,11 @@ Usage:
     python benchmarks/study.py plot --out study.jsonl --picture study.png
 
 MiniLM-L6 on 1,000 sentences of SST-2, two epochs in batches of 16, float32.
-Each method is trained at five rates with seed 0, from the lowest up to one that
-breaks the training, and scored on 500 other training sentences; the best of them then trains with seeds 1 and 2 as well and
-is scored on the test split. A run is a line of the file: what is there is not
-run again, so the script can be stopped at any time and started with other
-methods in a second process.
+Each method is trained with seed 0 at five rates, from the lowest up to one
+that breaks the training, and scored on 500 other training sentences; the best
+of them then trains with seeds 1 and 2 as well and is scored on the test split.
+A run is a line of the file: what is there is not run again, so the script can
+be stopped at any time and started with other methods in a second process.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from keras_spectral.course.data import Data
 from keras_spectral.course.data import digits
 from keras_spectral.course.data import fashion
 from keras_spectral.course.data import images
+from keras_spectral.course.data import sentences
 from keras_spectral.course.models import Pretrained
 from keras_spectral.course.models import reader
 from keras_spectral.course.models import vision
@@ -28,6 +29,7 @@ __all__ = [
     "images",
     "quiet",
     "reader",
+    "sentences",
     "show",
     "train",
     "vision",

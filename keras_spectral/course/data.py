@@ -6,12 +6,20 @@ in its `vision/`; `tfds`, TensorFlow Datasets, which downloads.
 
 import os
 import pathlib
+import tarfile
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
 
 _SEED = 7
+_ARCHIVE = "vaderSentiment-3.3.2"
+_DOMAINS = {
+    "films": "movieReviewSnippets",
+    "tweets": "tweets",
+    "products": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+}
 
 
 class Data(NamedTuple):
@@ -116,3 +124,50 @@ def download(name: str, split: str) -> dict[str, np.ndarray]:
             "`pip install tensorflow-datasets` to download them."
         ) from error
     return tfds.as_numpy(tfds.load(name, split=split, batch_size=-1))
+
+
+def sentences(
+    domain: str = "films", train: int = 1000, test: int = 500
+) -> Data:
+    """Sentences that people rated, as negative (0) and positive (1).
+
+    Of the data of Hutto and Gilbert 2014 in the source archive of the package
+    vaderSentiment (MIT): the mean of 20 ratings from -4 to 4; those between
+    -0.5 and 0.5 are left out.
+
+    Args:
+        domain: `"films"`, `"tweets"`, `"products"` or `"editorials"`.
+        train: At most so many for training.
+        test: At most so many for testing.
+
+    Raises:
+        FileNotFoundError: The archive is not in `.data`.
+    """
+    archive = pathlib.Path(__file__).parents[2] / ".data" / f"{_ARCHIVE}.tar.gz"
+    if not archive.exists():
+        raise FileNotFoundError(
+            f"There is no {archive.name} in the clone's folder .data. Expected "
+            "it there: `make demo` fetches it, or `pip download --no-deps "
+            "--no-binary :all: --dest .data vaderSentiment==3.3.2`."
+        )
+    inside = f"{_ARCHIVE}/additional_resources/hutto_ICWSM_2014.tar.gz"
+    member = f"hutto_ICWSM_2014/{_DOMAINS[domain]}_GroundTruth.txt"
+    with (
+        tarfile.open(archive) as outer,
+        tarfile.open(fileobj=outer.extractfile(inside)) as inner,
+    ):
+        lines = inner.extractfile(member).read().decode("utf8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    rated = [(text, float(mean)) for _, mean, text in rows]
+    clear = [(text, mean > 0) for text, mean in rated if abs(mean) >= 0.5]
+    order = np.random.default_rng(_SEED).permutation(len(clear))
+    texts = np.array([text for text, _ in clear], object)[order]
+    labels = np.array([label for _, label in clear], "int32")[order]
+    kept = slice(test, test + train)
+    return Data(
+        f"rated sentences on {domain}",
+        texts[kept],
+        labels[kept],
+        texts[:test],
+        labels[:test],
+    )

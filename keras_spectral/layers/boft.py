@@ -8,7 +8,7 @@ from keras_spectral._internal.linalg import cayley
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.oft import check_divides
-from keras_spectral.layers.rotations import rotated
+from keras_spectral.layers.rotations import turned
 
 
 @register_method("boft")
@@ -99,16 +99,15 @@ class BOFTDense(KernelAdapter):
 
     def delta_matrix(self):
         kernel = self.view.matrix()
-        turned = start = ops.transpose(self.view.by_channel(kernel))
+        rows = start = self.view.by_channel(kernel)
         turns = ops.cast(cayley(self.unless_off(self.boft_d)), kernel.dtype)
         for i, order in enumerate(self.orders):
-            # R_i K is (K^T P_i blockdiag^T P_i^T)^T.
-            blocks = ops.transpose(turns[i], (0, 2, 1))
-            turned = rotated(ops.take(turned, order, axis=1), blocks)
-            turned = ops.take(turned, np.argsort(order), axis=1)
-        gains = ops.cast(self.gains, kernel.dtype)[:, None]
-        change = ops.transpose(turned * gains - start)
-        return self.view.by_offset(change)
+            # The first factor's order is that of the inputs.
+            rows = ops.take(rows, order, axis=0) if i else rows
+            rows = turned(rows, turns[i])
+            rows = ops.take(rows, np.argsort(order), axis=0) if i else rows
+        gains = ops.cast(self.gains, kernel.dtype)
+        return self.view.by_offset(rows * gains - start)
 
     def kernel_change(self):
         return self.view.from_matrix(self.delta_matrix())

@@ -14,6 +14,7 @@ from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.rotations import cayley_series
 from keras_spectral.layers.rotations import rotated
 from keras_spectral.layers.rotations import skew
+from keras_spectral.layers.rotations import turned
 
 
 @register_method("oft")
@@ -133,11 +134,9 @@ class OFTDense(KernelAdapter):
 
     def delta_matrix(self):
         kernel = self.view.matrix()
-        rows = ops.transpose(self.view.by_channel(kernel))
-        # R K is (K^T R^T)^T.
+        rows = self.view.by_channel(kernel)
         turns = ops.cast(self.rotations(), kernel.dtype)
-        turned = rotated(rows, ops.transpose(turns, (0, 2, 1))) - rows
-        return self.view.by_offset(ops.transpose(turned))
+        return self.view.by_offset(turned(rows, turns) - rows)
 
     def kernel_change(self):
         return self.view.from_matrix(self.delta_matrix())

@@ -48,3 +48,14 @@ def rotated(rows, blocks):
     else:
         turned = ops.einsum("...ni,nij->...nj", cut, blocks)
     return ops.reshape(turned, shape)
+
+
+def turned(matrix, blocks):
+    """A block-diagonal matrix times a matrix (n, m).
+
+    Args:
+        matrix: Tensor (n, m).
+        blocks: Tensor (n / b, b, b), or (1, b, b) for one that all share.
+    """
+    cut = ops.reshape(matrix, (-1, blocks.shape[-1], matrix.shape[-1]))
+    return ops.reshape(ops.matmul(blocks, cut), matrix.shape)
