@@ -6,7 +6,7 @@ mrpc.train.tsv and mrpc.test.tsv; `gguf` reads the one. Measured is perplexity
 on sentences of the test split, packed to --length tokens: of the float model,
 of the model in int4, and with LoRAs by `quantize_with_lora`, before and after
 --steps of training on the train split; a plain LoRA on the int4 model beside
-it. Rows are appended to --out, and those that are there are left out.
+it; the megabytes of all weights, and the process's peak. Rows are appended to --out, and those that are there are left out.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import pathlib
+import resource
 import time
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -133,6 +134,10 @@ class LanguageModel(keras.Model):
         return self.backbone.token_embedding(hidden, reverse=True)
 
 
+def size_of(dtype):
+    return int("".join(filter(str.isdigit, dtype)) or 8) / 8
+
+
 def prepare(model, rate=0.0):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(rate), loss)
@@ -158,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--only", help="leave out what does not hold this")
     args = parser.parse_args()
     backbone, tokenizer = read_model(args.gguf)
     files = [args.data / f"mrpc.{split}.tsv" for split in ("train", "test")]
@@ -179,6 +185,10 @@ def main() -> None:
 
     def note(what, model, begin, **more):
         row = {"what": what, "perplexity": perplexity(model, tests), **more}
+        sizes = [np.prod(v.shape) * size_of(v.dtype) for v in model.weights]
+        row["weights_mb"] = round(float(sum(sizes)) / 1e6, 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["peak_mb"] = round(peak / 1024)
         row["seconds"] = round(time.time() - begin)
         print(row, flush=True)
         with open(args.out, "a") as lines:
@@ -187,6 +197,8 @@ def main() -> None:
     def measured(what, make):
         names = [what, *[f"{what}, {args.steps} steps"] * (args.steps > 0)]
         if all(name in known for name in names):
+            return
+        if args.only and args.only not in what:
             return
         begin = time.time()
         model, lora = make()
