@@ -6,7 +6,8 @@ mrpc.train.tsv and mrpc.test.tsv; `gguf` reads the one. Measured is perplexity
 on sentences of the test split, packed to --length tokens: of the float model,
 of the model in int4, and with LoRAs by `quantize_with_lora`, before and after
 --steps of training on the train split; a plain LoRA on the int4 model beside
-it; the megabytes of all weights, and the process's peak. Rows are appended to --out, and those that are there are left out.
+it; the megabytes of all weights, and the process's peak. Rows are appended to
+--out, and those that are there are left out.
 """
 
 import argparse
