@@ -5,8 +5,13 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral.kernels.grouped import GroupedConv1D
+from keras_spectral.kernels.grouped import GroupedConv2D
+from keras_spectral.kernels.grouped import GroupedConv3D
+from keras_spectral.kernels.grouped import in_groups
 from keras_spectral.kernels.view import KernelView
 
+_GROUPED = {1: GroupedConv1D, 2: GroupedConv2D, 3: GroupedConv3D}
 _CONV = {
     1: keras.layers.Conv1D,
     2: keras.layers.Conv2D,
@@ -125,16 +130,18 @@ class ConvView(KernelView):
         return _pixels(shape, self.layer.data_format)
 
     def thin_layers(self, rank, slices=1):
-        kind = _CONV[len(self.layer.kernel_size)]
+        parts = max(slices, self.groups)
+        kinds = _CONV if parts == 1 else _GROUPED
+        kind = kinds[len(self.layer.kernel_size)]
         shared = self._options("kernel_size", "strides", "padding")
         shared |= self._options("dilation_rate", "data_format")
-        parts = max(slices, self.groups)
         shared |= {"filters": parts * rank, "groups": parts, "use_bias": False}
         return [kind(**shared, **self._code_options()), self._pointwise()]
 
     def _pointwise(self):
         """A 1x1 convolution from codes to the layer's output."""
-        kind = _CONV[len(self.layer.kernel_size)]
+        kinds = _CONV if self.groups == 1 else _GROUPED
+        kind = kinds[len(self.layer.kernel_size)]
         options = self._options("filters", "data_format", "use_bias")
         options |= {"kernel_size": 1, "groups": self.groups}
         return kind(**options, **self._output_options())
@@ -147,13 +154,19 @@ class ConvView(KernelView):
             edges = [[0, 0], [0, 0], [0, 0]]
             edges[1 if layer.data_format == "channels_last" else 2] = [past, 0]
             inputs, padding = ops.pad(inputs, edges), "valid"
-        return ops.conv(
-            inputs,
-            kernel,
-            strides=list(layer.strides),
-            padding=padding,
-            dilation_rate=layer.dilation_rate,
-            data_format=layer.data_format,
+
+        def convolve(x, kernel):
+            return ops.conv(
+                x,
+                kernel,
+                strides=list(layer.strides),
+                padding=padding,
+                dilation_rate=layer.dilation_rate,
+                data_format=layer.data_format,
+            )
+
+        return in_groups(
+            convolve, inputs, kernel, self.groups, layer.data_format
         )
 
     def bias(self, outputs):
