@@ -73,6 +73,7 @@ from keras_spectral.saving import save_adapters
 from keras_spectral.search.gates import tune_gates
 from keras_spectral.search.glora import finalize_glora
 from keras_spectral.search.glora import search_glora
+from keras_spectral.search.layers import choose_layers
 from keras_spectral.search.parts import collect_gates
 from keras_spectral.search.parts import prune_parts
 from keras_spectral.search.parts import search_parts
@@ -120,6 +121,7 @@ __all__ = [
     "blocks",
     "calibrate",
     "callbacks",
+    "choose_layers",
     "collect_gates",
     "combine_adapters",
     "compact_ranks",

@@ -1,6 +1,7 @@
 """What Keras offers no way to do: the one file that imports a backend."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import keras
@@ -113,8 +114,8 @@ def is_training(training) -> bool:
         ) from error
 
 
-def gradients(loss: Callable, variables: list[keras.Variable]) -> list:
-    """The gradients of a scalar function of no arguments by variables.
+def gradient_function(loss: Callable, variables: list[keras.Variable]):
+    """A function of what `loss` takes that gives its gradients by variables.
 
     They may be frozen. Nothing is changed.
     """
@@ -122,27 +123,32 @@ def gradients(loss: Callable, variables: list[keras.Variable]) -> list:
     if backend == "jax":
         import jax
 
-        def of(values):
+        def of(values, *args):
             mapping = list(zip(variables, values))
             with keras.StatelessScope(state_mapping=mapping):
-                return loss()
+                return loss(*args)
 
-        return jax.grad(of)([v.value for v in variables])
+        gradient = jax.grad(of)
+        return lambda *args: gradient([v.value for v in variables], *args)
     values = [v.value for v in variables]
     if backend == "tensorflow":
         import tensorflow as tf
 
         # In a graph: grouped convolutions have no gradient outside of one.
         @tf.function(autograph=False)
-        def compute():
+        def compute(*args):
             with tf.GradientTape() as tape:
                 tape.watch(values)
-                total = loss()
+                total = loss(*args)
             zero = tf.UnconnectedGradients.ZERO
             found = tape.gradient(total, values, unconnected_gradients=zero)
             return [tf.convert_to_tensor(x) for x in found]
 
-        return compute()
+        return compute
+    return functools.partial(_torch_gradients, loss, values)
+
+
+def _torch_gradients(loss, values, *args):
     import torch
 
     flags = [value.requires_grad for value in values]
@@ -151,7 +157,7 @@ def gradients(loss: Callable, variables: list[keras.Variable]) -> list:
             value.requires_grad_(True)
         with torch.enable_grad():
             found = torch.autograd.grad(
-                loss(), values, allow_unused=True, materialize_grads=True
+                loss(*args), values, allow_unused=True, materialize_grads=True
             )
     finally:
         for value, flag in zip(values, flags):

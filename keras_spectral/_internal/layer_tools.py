@@ -22,6 +22,14 @@ def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
+def learned_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Those of its own weights that training changes, unless they are frozen.
+
+    So not the running means of a norm.
+    """
+    return list(layer._trainable_variables)
+
+
 def set_trainable(
     layer: keras.layers.Layer, flag: bool, weights: bool | list[bool]
 ) -> None:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral._backend import gradients
+from keras_spectral._backend import gradient_function
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.evaluate import batches
 from keras_spectral._internal.evaluate import check_data
@@ -61,12 +61,7 @@ def kernel_gradients(
     """
     check_model(model)
     check_data(dataset)
-    if not getattr(model, "compiled", False):
-        raise ValueError(
-            f"Model '{model.name}' is not compiled. Expected "
-            "`model.compile(optimizer, loss)` first: gradients are those of "
-            "its loss."
-        )
+    check_compiled(model)
     chosen = select(model, places(model), target, exclude, KernelAdapter)
     views = {p.path: kernel_view(subject(p.layer)) for p in chosen}
     for path, view in views.items():
@@ -76,22 +71,51 @@ def kernel_gradients(
                 "two, so that it has no gradient. Expected layers with a float "
                 "kernel: leave this one out with `exclude`."
             )
-    x, y, sample_weight = (
-        None
-        if part is None
-        else keras.tree.map_structure(ops.convert_to_tensor, part)
-        for part in next(batches(dataset, batch_size))
-    )
-
-    def loss():
-        outputs = model(x, training=False)
-        return model.compute_loss(x, y, outputs, sample_weight, training=False)
-
-    found = gradients(loss, [view.variable() for view in views.values()])
+    batch = next(batches(dataset, batch_size))
+    variables = [view.variable() for view in views.values()]
+    found = loss_gradients(model, variables)(batch)
     return {
         path: ops.convert_to_numpy(ops.cast(view.to_matrix(g), "float32"))
         for (path, view), g in zip(views.items(), found)
     }
+
+
+def check_compiled(model: keras.Model) -> None:
+    """Raises a ValueError unless a model has a loss."""
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"Model '{model.name}' is not compiled. Expected "
+            "`model.compile(optimizer, loss)` first: gradients are those of "
+            "its loss."
+        )
+
+
+def loss_gradients(model: keras.Model, variables: list[keras.Variable]):
+    """A function from a batch to the gradients of a model's loss on it.
+
+    The model runs as in inference.
+
+    Args:
+        model: A compiled model.
+        variables: Whose gradients; they may be frozen.
+    """
+
+    def loss(x, y, sample_weight):
+        outputs = model(x, training=False)
+        return model.compute_loss(x, y, outputs, sample_weight, training=False)
+
+    compute = gradient_function(loss, variables)
+
+    def gradients_on(batch):
+        parts = (
+            None
+            if part is None
+            else keras.tree.map_structure(ops.convert_to_tensor, part)
+            for part in batch
+        )
+        return compute(*parts)
+
+    return gradients_on
 
 
 def gradient_at(given: Any, path: str) -> np.ndarray:
