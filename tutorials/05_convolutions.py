@@ -19,7 +19,7 @@
 # - what ConvLoRA's two factorisations compute, and what each costs;
 # - how to train one block and freeze the rest (surgical fine-tuning);
 # - why corrupted inputs ask for early layers, and changed labels for late
-#   ones.
+#   ones, and whether gradients tell before the training.
 #
 # About a minute on a laptop. The backend is changed in one line.
 
@@ -254,6 +254,41 @@ course.show(figure, "05_convolutions")
 # few weights; ConvLoRA on it has fewer still, and less freedom.
 
 # %% [markdown]
+# ## Could we have known?
+#
+# The authors also propose a rule that looks before training: prefer layers
+# whose gradient is large beside their weights, $|g| / |w|$. `ks.choose_layers`
+# computes it. If the rule knew what the picture shows, it would put the stem
+# first for one shift and the head for the other.
+
+# %%
+probe = fresh()
+probe.compile(
+    "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+)
+table = rich.table.Table(title="Relative gradient norms")
+for heading in ("data", "conv1", "layer1", "layer2", "layer3", "linear"):
+    table.add_column(heading, justify="right")
+asked = {"clean": data, **shifts}
+for shift, given in asked.items():
+    few = given.x[:FEW], given.y[:FEW]
+    found = ks.choose_layers(
+        probe, few, groups=r"conv1$|layer\d|linear", batch_size=50
+    )
+    names = ("conv1", "layer1", "layer2", "layer3", "linear")
+    table.add_row(shift, *(f"{found[name]:.3f}" for name in names))
+    asked[shift] = found
+console.print(table)
+assert min(asked["input shift"].values()) > asked["clean"]["linear"]
+assert next(iter(asked["output shift"])) != "linear"
+
+# %% [markdown]
+# It does not, here. Every score is far above that on clean images: the rule
+# sees that something has shifted. But the order is nearly the same for both
+# shifts, and the head is last or next to last even where only the head is
+# wrong. Layers with small weights have large relative gradients, whatever the
+# shift. Where a few labels are at hand, as here, trying each block says more.
+#
 # ## Exercises
 #
 # 1. How many weights has `"channel"` of rank 2 on stage 1 alone?
