@@ -1,6 +1,7 @@
 """What the layers of a model are given: the moments of their inputs."""
 
 import re
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.moments import Moments
+from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
 from keras_spectral.model.select import select
@@ -125,13 +127,30 @@ def calibrate(
     check_data(dataset)
     check_rank(limit, "limit")
     chosen = select(model, places(model), target, exclude, KernelAdapter)
+    return moments_of(model, chosen, batches(dataset, batch_size), limit)
+
+
+def moments_of(
+    model: keras.Model,
+    chosen: Iterable[Place],
+    data: Iterable[tuple],
+    limit: int = 4096,
+) -> Calibration:
+    """The moments of chosen places, see `calibrate`, in one pass.
+
+    Args:
+        model: A built Keras model.
+        chosen: The places of linear layers in it.
+        data: Tuples that begin with a batch of inputs.
+        limit: See `calibrate`.
+    """
     found = {
         place.path: _Running(subject(place.layer), limit) for place in chosen
     }
     handlers = {running.layer: running.handle for running in found.values()}
     with intercepted(handlers), without_gradients():
         with LateProgress("calibrating", None) as progress:
-            for batch, *_ in batches(dataset, batch_size):
+            for batch, *_ in data:
                 for running in found.values():
                     running.padding = padding_of(batch)
                 model(batch, training=False)
