@@ -25,6 +25,15 @@ def concretely() -> contextlib.AbstractContextManager:
     return jax.ensure_compile_time_eval()
 
 
+def without_gradients() -> contextlib.AbstractContextManager:
+    """Inside, PyTorch keeps nothing for a backward pass."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
 def is_in_graph(x) -> bool:
     """Whether a tensor is a part of a TensorFlow graph, without numbers."""
     if keras.backend.backend() != "tensorflow":

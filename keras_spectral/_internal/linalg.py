@@ -103,6 +103,34 @@ def nearest_pair(matrix, rank):
     return u * root, _transpose(v * root)
 
 
+def pair_along(matrix, v):
+    """The pair A, B of equal sizes whose product is `K V V^T`.
+
+    Each column of A is as long as that row of B. With the right singular
+    vectors of K that is its `nearest_pair`.
+
+    Args:
+        matrix: Tensor K (..., n_in, n_out).
+        v: Tensor V (..., n_out, rank) of orthonormal columns.
+
+    Returns:
+        `A` (..., n_in, rank) and `B` (..., rank, n_out).
+    """
+    a = ops.matmul(matrix, v)
+    length = ops.sqrt(ops.sum(ops.square(a), axis=-2, keepdims=True))
+    root = ops.sqrt(ops.where(length > 0, length, 1.0))
+    return a / root, _transpose(v * root)
+
+
+def block_diagonal(blocks):
+    """A numpy matrix with blocks (parts, rows, columns) on its diagonal."""
+    parts, rows, columns = blocks.shape
+    matrix = np.einsum(
+        "prc,pq->prqc", blocks, np.eye(parts, dtype=blocks.dtype)
+    )
+    return matrix.reshape(parts * rows, parts * columns)
+
+
 def cayley(matrix):
     """The Cayley map: any square matrix to a rotation.
 

@@ -1,20 +1,22 @@
 """A smaller copy of a model: every kernel as a pair of thin ones."""
 
-import contextlib
 import re
 import time
+from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_rank
-from keras_spectral._internal.linalg import nearest_pair
+from keras_spectral._internal.evaluate import batches
 from keras_spectral.compression import ranks
+from keras_spectral.compression.calibrated import check_calibration
+from keras_spectral.compression.calibrated import fits_of
 from keras_spectral.compression.choice import check_goal
 from keras_spectral.compression.choice import chosen_places
+from keras_spectral.compression.pairs import fitted_pair
 from keras_spectral.compression.report import CompressedLayer
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import keep_report
@@ -22,10 +24,11 @@ from keras_spectral.compression.saved import copy_model
 from keras_spectral.compression.saved import ordered_layers
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
-from keras_spectral.kernels import KernelView
-from keras_spectral.kernels import LowRank
+from keras_spectral.compression.sensitivity import with_losses
+from keras_spectral.compression.sequential import sequential_pairs
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
+from keras_spectral.model.calibrate import Calibration
 from keras_spectral.model.counting import count_weights
 from keras_spectral.model.kept import kept_places
 from keras_spectral.model.paths import places
@@ -47,6 +50,10 @@ def compress_model(
     true_bound: bool = False,
     recover: str | None = None,
     recover_rank: int = 8,
+    calibration: Any = None,
+    compensate_bias: bool = True,
+    sequential: bool = False,
+    batch_size: int = 32,
 ) -> keras.Model:
     """Returns a smaller model whose kernels are truncated by SVD.
 
@@ -60,9 +67,23 @@ def compress_model(
       largest;
     - `"alds"`: convolutions are cut into slices of their input channels with
       a pair each (a grouped convolution and a 1x1); slices and ranks are
-      chosen so that the largest relative error of all layers is smallest.
+      chosen so that the largest relative error of all layers is smallest;
+    - `"sensitivity"`: such that one weight more would lower the loss of the
+      whole model alike in every layer. The loss, the relative squared change
+      of the outputs, is measured on the first batch of `calibration` with
+      each layer alone truncated, three runs for each layer.
 
-    Source: ALDS: Liebenwein et al. 2021, arXiv 2107.11442.
+    With `calibration`, a few hundred typical inputs, what is smallest at a
+    rank is no longer the change of the kernel, `||K - A B||`, but that of the
+    layer's outputs, `||X K - X A B||` on its inputs X. With `C = X^T X /
+    count = L L^T` the kernel's place in all that is said above is taken by
+    `L^T K`, and `A B = K V V^T` with the first right singular vectors V of
+    it. The bias makes up for the mean of what is lost, so that the means are
+    left out of C. Layers that look up a table are truncated as without.
+
+    Sources: ALDS: Liebenwein et al. 2021, arXiv 2107.11442. Outputs: Wang et
+    al. 2024 (SVD-LLM), arXiv 2403.07378; Masana et al. 2017 (the bias), arXiv
+    1707.04693.
 
     Args:
         model: Any built Keras or KerasHub model that can be saved.
@@ -88,17 +109,33 @@ def compress_model(
             on frozen factors, which have as much less rank. A later
             `finalize_transfer` makes one pair of both.
         recover_rank: Rank of that LoRA.
+        calibration: What `model.predict` takes, or a tuple `(x, y)`: inputs
+            alike those that the model is for. Or what `calibrate` gives for
+            it, if it has all layers to compress.
+        compensate_bias: Whether, with calibration, a layer's bias makes up
+            for the mean of what its outputs lose. It is left as it is where
+            several outputs of a kernel share a number of it, and layers
+            without one get none.
+        sequential: Whether layers are fitted one after the other, in the
+            order in which they run, to `||X K - X' A B||` with the inputs X'
+            that the layers compressed before give. Ranks are those of X. It
+            runs the model twice over the data once for each group of layers
+            that have one input, up to these; or once alone, if all data are
+            one batch (see `batch_size`). Layers that a batch meets several
+            times are fitted to X.
+        batch_size: Of `calibration`, where it is arrays.
 
     Returns:
         The new model, made of plain Keras layers and `LowRank` ones.
         `compression_report` says what happened to each layer.
 
     Raises:
-        ValueError: A bad option; a budget that cannot be met; nothing to
-            compress; adapters or quantised kernels in the model; a kernel
-            that holds NaN or infinities, that something else holds as well
-            or that its layer does not use as its class does; a model that is
-            not built or that Keras cannot save.
+        ValueError: A bad option; a budget that cannot be met; data that the
+            model cannot run on or that give NaN; nothing to compress;
+            adapters or quantised kernels in the model; a kernel that holds
+            NaN or infinities, that something else holds as well or that its
+            layer does not use as its class does; a model that is not built
+            or that Keras cannot save.
 
     Example:
 
@@ -109,6 +146,10 @@ def compress_model(
     >>> small = compress_model(model, ratio=0.5, exclude="head")
     >>> small.get_layer("hidden").down.units
     16
+    >>> data = keras.random.normal((128, 64))
+    >>> small = compress_model(
+    ...     model, 0.5, exclude="head", calibration=data, sequential=True
+    ... )
     """
     start = time.monotonic()
     check_choice(method, "method", tuple(ranks.RULES))
@@ -116,10 +157,24 @@ def compress_model(
     check_rank(recover_rank, "recover_rank")
     check_flag(keep_ends, "keep_ends")
     check_flag(true_bound, "true_bound")
+    check_flag(compensate_bias, "compensate_bias")
+    check_flag(sequential, "sequential")
+    check_rank(batch_size, "batch_size")
     check_goal(ratio, budget, max_error)
+    check_calibration(calibration, method, sequential)
     chosen = chosen_places(model, target, exclude, keep_ends)
-    views = [kernel_view(place.layer) for place in chosen]
-    spectra = _spectra(views, method, true_bound or max_error is not None)
+    small = copy_model(model)
+    copies = dict(zip(map(id, ordered_layers(model)), ordered_layers(small)))
+    views = [kernel_view(copies[id(place.layer)]) for place in chosen]
+    data = calibration
+    if calibration is not None and not isinstance(calibration, Calibration):
+        data = batches(calibration, batch_size)
+        if sequential or method == "sensitivity":
+            data = list(data)
+    fits = fits_of(model, chosen, views, data, compensate_bias)
+    spectra = _spectra(fits, method, true_bound or max_error is not None)
+    if method == "sensitivity":
+        spectra = with_losses(small, fits, spectra, data[0][0])
     if budget is not None:
         budget = (
             int(budget) - count_weights(model) + sum(s.weights for s in spectra)
@@ -127,89 +182,47 @@ def compress_model(
     if ratio is not None:
         budget = int((1 - ratio) * sum(s.weights for s in spectra))
     choices = ranks.allocate(spectra, method, budget, max_error)
-    order = {id(x): i for i, x in enumerate(ordered_layers(model))}
-    small = copy_model(model)
-    copies = ordered_layers(small)
+    spared = recover_rank if recover == "lora" else 0
+    left = [_spare(choice, spared) for choice in choices]
     plan = {
-        copies[order[id(place.layer)]]: choice
-        for place, choice in zip(chosen, choices)
+        fit.view.layer: (fit, choice)
+        for fit, choice in zip(fits, left)
         if choice.rank is not None
     }
-    spared = recover_rank if recover == "lora" else 0
-    plan = _factorize(small, plan, spared)
-    left = [_spare(choice, spared) for choice in choices]
+    if sequential:
+        pairs = sequential_pairs(small, plan, data)
+    else:
+        pairs = _pairs(plan)
+    swaps = {layer: pair.layer for layer, pair in pairs.items()}
+    put_low_rank(small, swaps, plain_config(small, swaps))
     _check_count(small, count_weights(model), spectra, left)
     if recover is not None:
-        _prepare_recovery(small, plan, recover, spared)
-    rows = [_row(*x) for x in zip(chosen, views, spectra, choices, left)]
+        whole = {
+            swaps[fit.view.layer]: choice
+            for fit, choice in zip(fits, choices)
+            if choice.rank is not None
+        }
+        _prepare_recovery(small, whole, recover, spared)
+    errors = [pairs[v.layer].error if v.layer in pairs else 0.0 for v in views]
+    rows = [_row(*x) for x in zip(chosen, views, spectra, choices, errors)]
     saved = sum(row.weights[0] - row.weights[1] for row in rows)
     weights = (count_weights(model), count_weights(model) - saved)
     seconds = time.monotonic() - start
-    keep_report(small, CompressionReport(tuple(rows), weights, seconds))
+    measure = "kernels" if calibration is None else "outputs"
+    report = CompressionReport(tuple(rows), weights, seconds, measure)
+    keep_report(small, report)
     return small
 
 
-def low_rank_layer(view: KernelView, a, b) -> LowRank:
-    """A built pair of layers that does a layer's work with kernel A B.
-
-    Args:
-        view: The view of the layer that it is to replace.
-        a: Tensor (parts, rows, rank).
-        b: Tensor (parts, rank, columns).
-    """
-    base = view.layer
-    down, up = view.thin_layers(a.shape[-1], a.shape[0])
-    layer = LowRank(down, up, name=base.name, dtype=base.dtype_policy)
-    with _zero_start(down, up):
-        layer.build(base.get_build_config()["input_shape"])
-    a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
-    grouped = b.shape[-1] < view.n_out
-    stacked = b.reshape(-1, view.n_out)
-    kernel_view(down).assign(_block_diagonal(a))
-    kernel_view(up).assign(_block_diagonal(b) if grouped else stacked)
-    bias = getattr(base, "bias", None)
-    if bias is not None:
-        up.bias.assign(bias)
-    return layer
-
-
-@contextlib.contextmanager
-def _zero_start(*layers):
-    """Layers built within it draw no random weights, only to be overwritten:
-    JAX compiles that draw anew for each shape, half a second a time."""
-    drawn = [
-        (layer, name, value)
-        for layer in layers
-        for name, value in vars(layer).items()
-        if name.endswith("_initializer")
-    ]
-    for layer, name, _ in drawn:
-        setattr(layer, name, keras.initializers.Zeros())
-    try:
-        yield
-    finally:
-        for layer, name, value in drawn:
-            setattr(layer, name, value)
-
-
-def _block_diagonal(blocks):
-    """A matrix with the blocks (parts, rows, columns) on its diagonal."""
-    parts, rows, columns = blocks.shape
-    matrix = np.einsum(
-        "prc,pq->prqc", blocks, np.eye(parts, dtype=blocks.dtype)
-    )
-    return matrix.reshape(parts * rows, parts * columns)
-
-
-def _spectra(views, method, true_bound):
+def _spectra(fits, method, true_bound):
     found = []
-    with LateProgress("singular values", len(views)) as progress:
-        for view in views:
-            matrix = view.matrix()
+    with LateProgress("singular values", len(fits)) as progress:
+        for fit in fits:
+            view = fit.view
             slicings = view.slicings() if method == "alds" else [1]
             values = {
                 n: ops.convert_to_numpy(
-                    ops.svd(view.parts(matrix, n), compute_uv=False)
+                    ops.svd(fit.whitened(n), compute_uv=False)
                 )
                 for n in slicings
             }
@@ -222,26 +235,13 @@ def _spectra(views, method, true_bound):
     return found
 
 
-def _factorize(small, plan, spared):
-    """Puts pairs in place of a copy's layers, `spared` ranks smaller.
-
-    Returns the plan with the new layers for keys.
-    """
-    swaps = {}
+def _pairs(plan):
+    pairs = {}
     with LateProgress("factorising kernels", len(plan)) as progress:
-        for layer, choice in plan.items():
-            view = kernel_view(layer)
-            rank = _spare(choice, spared).rank
-            parts = view.parts(view.matrix(), choice.slices)
-            # All ranks, cut in numpy: JAX compiles once for each shape.
-            pair = nearest_pair(parts, min(parts.shape[-2:]))
-            a, b = map(ops.convert_to_numpy, pair)
-            a, b = a[..., :rank], b[..., :rank, :]
-            swaps[layer] = low_rank_layer(view, a, b)
-            swaps[layer].trainable = layer.trainable
+        for layer, entry in plan.items():
+            pairs[layer] = fitted_pair(*entry)
             progress.advance(1)
-    put_low_rank(small, swaps, plain_config(small, swaps))
-    return {swaps[layer]: choice for layer, choice in plan.items()}
+    return pairs
 
 
 def _spare(choice, spared):
@@ -284,7 +284,7 @@ def _prepare_recovery(small, plan, recover, spared):
         wrap_model(small, "lora", target=names, overrides=ranks_left)
 
 
-def _row(place, view, spectrum, choice, left):
+def _row(place, view, spectrum, choice, error):
     shape = place.layer.get_build_config()["input_shape"]
     return CompressedLayer(
         place.path,
@@ -294,6 +294,6 @@ def _row(place, view, spectrum, choice, left):
         choice.slices,
         (spectrum.weights, spectrum.size(choice)),
         (view.flops(shape), view.flops(shape, choice.rank, choice.slices)),
-        spectrum.relative_error(left),
+        error,
         spectrum.bound(choice),
     )

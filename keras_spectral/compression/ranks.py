@@ -23,12 +23,15 @@ class Spectrum:
         per_rank: For each number of slices what one rank costs in weights.
         true_bound: Whether choices are judged by `bound`, or by it without
             its root.
+        losses: For a few ranks what truncating this layer alone costs the
+            model.
     """
 
     values: dict[int, np.ndarray]
     weights: int
     per_rank: dict[int, int]
     true_bound: bool = True
+    losses: dict[int, float] | None = None
 
     @property
     def norm(self) -> float:
@@ -68,6 +71,23 @@ class Spectrum:
         values = self.values[slices]
         beyond = np.append(values[:, 1:].max(axis=0), 0.0)
         return beyond / max(self.norm, 1e-30)
+
+    def loss(self) -> np.ndarray:
+        """What the ranks 1 to m cost the model.
+
+        That is the dropped part's sum of squares, times the loss for one of
+        it, which is interpolated between the ranks where it was measured.
+        """
+        squares = (self.values[1].astype("float64") ** 2).sum(axis=0)
+        dropped = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
+        dropped /= max(float(squares.sum()), 1e-60)
+        ranks = np.array(sorted(self.losses))
+        prices = [
+            self.losses[r] / max(float(dropped[r - 1]), 1e-12) for r in ranks
+        ]
+        numbers = np.arange(1, len(squares) + 1)
+        loss = dropped * np.interp(numbers, ranks, prices)
+        return np.minimum.accumulate(loss)
 
     def size(self, choice: "Choice") -> int:
         """Numbers that are left of the kernel."""
@@ -121,11 +141,29 @@ def alds(spectrum: Spectrum, level: float) -> Choice:
     return min(found, key=spectrum.size)
 
 
+def sensitivity(spectrum: Spectrum, level: float) -> Choice:
+    """Keeps weights as long as each lowers the model's loss by a price.
+
+    The price is the same in all layers, from infinity at level 0 to 0 at 1.
+    """
+    if not 0 < level < 1:
+        return spectrum.choice(1 if level <= 0 else len(spectrum.values[1][0]))
+    price = (1 - level) / level
+    loss = spectrum.loss()
+    sizes = spectrum.per_rank[1] * np.arange(1, len(loss) + 1)
+    costs = loss + price * sizes
+    rank = int(np.argmin(costs)) + 1
+    if price * spectrum.weights <= costs[rank - 1]:
+        return LEAVE
+    return spectrum.choice(rank)
+
+
 RULES: dict[str, Rule] = {
     "uniform": uniform,
     "energy": energy,
     "global": largest,
     "alds": alds,
+    "sensitivity": sensitivity,
 }
 
 
@@ -142,7 +180,7 @@ def allocate(
 
     Args:
         spectra: The layers.
-        method: `"uniform"`, `"energy"`, `"global"` or `"alds"`.
+        method: One of `RULES`.
         budget: At most so many weights in all their kernels, or
         max_error: at most this error bound in each layer.
 

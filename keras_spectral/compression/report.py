@@ -28,11 +28,15 @@ class CompressedLayer:
             Sizes that are not known, as those of sequences, count as 1.
         error: How far the new kernel K' is from the old one K:
             `||K - K'|| / ||K||` by the Frobenius norm, from 0 to 1, before
-            any training. With `recover="lora"` that is without the rank
-            which the LoRA is going to fill.
+            any training. With calibration it is how far the outputs are,
+            `||X K - X K'|| / ||X K||` on its inputs X, less what the bias
+            makes up for; if `sequential`, `||X K - X' K'|| / ||X K||` with
+            the compressed model's inputs X', which can be above 1. With
+            `recover="lora"` all that is without the rank which the LoRA is
+            going to fill.
         bound: What `max_error` limits: a bound of the same by the spectral
-            norm, for all the rank. Where kernels are sliced it has the
-            factor sqrt(slices) and can be above 1.
+            norm, for all the rank and for X' = X. Where kernels are sliced
+            it has the factor sqrt(slices) and can be above 1.
     """
 
     path: str
@@ -54,11 +58,14 @@ class CompressionReport:
         layers: The layers that it looked at, in the model's order.
         weights: All weights of the whole model before and after.
         seconds: How long it took.
+        measure: What the layers' `error` is of: `"kernels"`, or with
+            calibration `"outputs"`.
     """
 
     layers: tuple[CompressedLayer, ...]
     weights: tuple[int, int]
     seconds: float
+    measure: str = "kernels"
 
     @property
     def flops(self) -> tuple[int, int]:
@@ -79,8 +86,8 @@ class CompressionReport:
             title=f"{_percent(self.weights)} fewer weights, "
             f"{_percent(self.flops)} fewer FLOPs",
             caption="before > after; k 10^3, M 10^6, G 10^9, T 10^12; "
-            "rel. error: of the kernel, by the Frobenius norm; of the whole "
-            "model the largest",
+            f"rel. error: of the {self.measure}, by the Frobenius norm; of "
+            "the whole model the largest",
         )
         table.add_column("layer", overflow="fold", ratio=1)
         for name in (

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_spectral.compression.compress import low_rank_layer
+from keras_spectral.compression.pairs import low_rank_layer
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
 from keras_spectral.kernels import LowRank

@@ -165,6 +165,8 @@ class KernelView(Replaceable):
     def input_rows(self, inputs):
         """What `K` multiplies, as rows (count, n_in)."""
         inputs = ops.cast(inputs, self.layer.compute_dtype)
+        if self.pointwise:
+            return ops.reshape(self.flat(inputs), (-1, self.n_in))
         eye = ops.eye(self.n_in // self.groups, dtype=inputs.dtype)
         codes = self.down(inputs, ops.tile(eye, (self.groups, 1)))
         return ops.reshape(codes, (-1, self.n_in))

@@ -1,8 +1,7 @@
 """What the layers of a model are given: the moments of their inputs."""
 
-import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +9,18 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import without_gradients
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import batches
 from keras_spectral._internal.evaluate import check_data
+from keras_spectral._internal.intercept import intercepted
+from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers.kernel_adapter import KernelAdapter
 from keras_spectral.layers.moments import Moments
+from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
 from keras_spectral.model.select import select
@@ -124,14 +127,32 @@ def calibrate(
     check_data(dataset)
     check_rank(limit, "limit")
     chosen = select(model, places(model), target, exclude, KernelAdapter)
+    return moments_of(model, chosen, batches(dataset, batch_size), limit)
+
+
+def moments_of(
+    model: keras.Model,
+    chosen: Iterable[Place],
+    data: Iterable[tuple],
+    limit: int = 4096,
+) -> Calibration:
+    """The moments of chosen places, see `calibrate`, in one pass.
+
+    Args:
+        model: A built Keras model.
+        chosen: The places of linear layers in it.
+        data: Tuples that begin with a batch of inputs.
+        limit: See `calibrate`.
+    """
     found = {
         place.path: _Running(subject(place.layer), limit) for place in chosen
     }
-    with _recording(found.values()):
+    handlers = {running.layer: running.handle for running in found.values()}
+    with intercepted(handlers), without_gradients():
         with LateProgress("calibrating", None) as progress:
-            for batch, *_ in batches(dataset, batch_size):
+            for batch, *_ in data:
                 for running in found.values():
-                    running.padding = _padding(batch)
+                    running.padding = padding_of(batch)
                 model(batch, training=False)
                 progress.advance(1)
     unseen = [path for path, running in found.items() if not running.count]
@@ -154,14 +175,15 @@ class _Running:
         self.mean = self.second = None
         self.padding = None
 
-    def see(self, inputs):
-        rows, weights = self.view.input_rows(inputs), self._weights(inputs)
-        if weights is not None and weights.size == rows.shape[0]:
-            rows = ops.take(rows, np.flatnonzero(weights), axis=0)
+    def handle(self, call, inputs, *args, **kwargs):
+        if not kwargs.get("reverse"):
+            self.see(counted_rows(self.view, inputs, self.padding))
+        return call(inputs, *args, **kwargs)
+
+    def see(self, rows):
         count = int(rows.shape[0])
         if not count:
             return
-        rows = ops.cast(rows, "float32")
         square = (
             ops.matmul(ops.transpose(rows), rows)
             if self.whole
@@ -176,49 +198,33 @@ class _Running:
             return new
         return old + (new - old) * (count / (self.count + count))
 
-    def _weights(self, inputs):
-        mask = getattr(inputs, "_keras_mask", None)
-        mask = self.padding if mask is None else mask
-        if mask is None or len(mask.shape) >= len(inputs.shape):
-            return None
-        return ops.convert_to_numpy(mask).ravel()
-
     def moments(self):
         mean, second = map(ops.convert_to_numpy, (self.mean, self.second))
         return Moments(self.count, mean, second)
 
 
-@contextlib.contextmanager
-def _recording(runnings) -> Iterator[None]:
-    """Inside, layers report what they are called on."""
+def counted_rows(view: KernelView, inputs: Any, padding: Any = None) -> Any:
+    """The rows (count, n_in) that a kernel multiplies, in float32.
 
-    def reporting(running, call):
-        def reported(inputs, *args, **kwargs):
-            if not kwargs.get("reverse"):
-                running.see(inputs)
-            return call(inputs, *args, **kwargs)
+    Rows of masked tokens are left out.
 
-        return reported
-
-    before = []
-    try:
-        for running in runnings:
-            own = vars(running.layer)
-            for name in ("call", "quantized_call"):
-                function = getattr(running.layer, name, None)
-                if function is not None:
-                    before.append((own, name, own.get(name)))
-                    own[name] = reporting(running, function)
-        yield
-    finally:
-        for own, name, old in before:
-            if old is None:
-                own.pop(name, None)
-            else:
-                own[name] = old
+    Args:
+        view: The layer's view.
+        inputs: What the layer is called on.
+        padding: The mask of the model's inputs, where Keras has none.
+    """
+    mask = getattr(inputs, "_keras_mask", None)
+    mask = padding if mask is None else mask
+    rows = view.input_rows(inputs)
+    if mask is not None and len(mask.shape) < len(inputs.shape):
+        kept = ops.convert_to_numpy(mask).ravel()
+        if kept.size == rows.shape[0]:
+            rows = ops.take(rows, np.flatnonzero(kept), axis=0)
+    return ops.cast(rows, "float32")
 
 
-def _padding(batch):
+def padding_of(batch: Any) -> Any:
+    """The mask of tokens among a model's inputs, None without one."""
     return batch.get("padding_mask") if isinstance(batch, dict) else None
 
 

@@ -13,7 +13,7 @@ from keras import ops
 import keras_spectral as ks
 from keras_spectral._internal.linalg import truncated_svd
 from keras_spectral.compression import ranks
-from keras_spectral.compression.compress import low_rank_layer
+from keras_spectral.compression.pairs import low_rank_layer
 from keras_spectral.kernels import kernel_view
 
 QUIET = rich.console.Console(quiet=True)
