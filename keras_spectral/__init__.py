@@ -14,6 +14,7 @@ from keras_spectral.compression import compress_model
 from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
+from keras_spectral.compression import schemes
 from keras_spectral.compression import search_rank
 from keras_spectral.exchange import load_keras_lora
 from keras_spectral.exchange import load_peft
@@ -147,6 +148,7 @@ __all__ = [
     "rename_adapter",
     "save_adapters",
     "save_peft",
+    "schemes",
     "search_glora",
     "search_parts",
     "search_rank",

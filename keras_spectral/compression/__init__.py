@@ -1,5 +1,6 @@
 """Smaller models: factorised layers, rank allocation, weight transfer."""
 
+from keras_spectral.compression import schemes
 from keras_spectral.compression.compress import compress_model
 from keras_spectral.compression.distill import distiller
 from keras_spectral.compression.report import CompressionReport
@@ -15,5 +16,6 @@ __all__ = [
     "compression_report",
     "distiller",
     "finalize_transfer",
+    "schemes",
     "search_rank",
 ]
