@@ -14,6 +14,7 @@ from keras_spectral.compression import compress_model
 from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
 from keras_spectral.compression import finalize_transfer
+from keras_spectral.compression import learn_compression
 from keras_spectral.compression import schemes
 from keras_spectral.compression import search_rank
 from keras_spectral.exchange import load_keras_lora
@@ -133,6 +134,7 @@ __all__ = [
     "freeze_gates",
     "fuse_adapters",
     "kernel_gradients",
+    "learn_compression",
     "list_targets",
     "load_adapters",
     "load_keras_lora",

@@ -3,6 +3,7 @@
 from keras_spectral.compression import schemes
 from keras_spectral.compression.compress import compress_model
 from keras_spectral.compression.distill import distiller
+from keras_spectral.compression.learn import learn_compression
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import compression_report
 from keras_spectral.compression.transfer import finalize_transfer
@@ -16,6 +17,7 @@ __all__ = [
     "compression_report",
     "distiller",
     "finalize_transfer",
+    "learn_compression",
     "schemes",
     "search_rank",
 ]

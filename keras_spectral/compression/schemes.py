@@ -26,7 +26,12 @@ class Scheme:
     """One way to compress a kernel, given as a matrix (n_in x n_out).
 
     A scheme of your own supplies `project`.
+
+    Attributes:
+        has_rank: Whether a projection ends as a pair of its rank.
     """
+
+    has_rank = False
 
     def project(
         self, matrix: np.ndarray, mu: float, view: KernelView
@@ -41,8 +46,8 @@ class Scheme:
         raise NotImplementedError
 
     def rank(self, matrix: np.ndarray) -> int | None:
-        """The rank of a projection, for schemes that end as a pair."""
-        return None
+        """The rank of a projection, None where it is of no use."""
+        return rank_of(matrix) if self.has_rank else None
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
@@ -67,6 +72,8 @@ class LearnedRank(Scheme):
         least: The lowest rank. 0 may make a kernel zero.
     """
 
+    has_rank = True
+
     def __init__(self, alpha, cost="weights", normalize=False, least=1):
         self.alpha = check_number(alpha, "alpha", 0)
         self.cost = check_choice(cost, "cost", ("weights", "flops"))
@@ -81,9 +88,6 @@ class LearnedRank(Scheme):
         rank = best_rank(s, self.alpha * cost, mu, self.normalize, self.least)
         return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
-    def rank(self, matrix):
-        return rank_of(matrix)
-
 
 class FixedRank(Scheme):
     """The nearest matrix of rank r.
@@ -92,6 +96,8 @@ class FixedRank(Scheme):
         rank: The rank.
     """
 
+    has_rank = True
+
     def __init__(self, rank):
         self.fixed = check_rank(rank)
 
@@ -99,9 +105,6 @@ class FixedRank(Scheme):
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         r = self.fixed
         return (u[:, :r] * s[:r]) @ vt[:r]
-
-    def rank(self, matrix):
-        return rank_of(matrix)
 
 
 class Magnitude(Scheme):
