@@ -13,6 +13,8 @@ from keras_spectral.compression import LowRank
 from keras_spectral.compression import compress_model
 from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
+from keras_spectral.compression import dlrt
+from keras_spectral.compression import finalize_dlrt
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import learn_compression
 from keras_spectral.compression import schemes
@@ -129,6 +131,8 @@ __all__ = [
     "compression_report",
     "delete_adapter",
     "distiller",
+    "dlrt",
+    "finalize_dlrt",
     "finalize_glora",
     "finalize_transfer",
     "freeze_gates",

@@ -3,6 +3,8 @@
 from keras_spectral.compression import schemes
 from keras_spectral.compression.compress import compress_model
 from keras_spectral.compression.distill import distiller
+from keras_spectral.compression.dlrt import dlrt
+from keras_spectral.compression.dlrt import finalize_dlrt
 from keras_spectral.compression.learn import learn_compression
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import compression_report
@@ -16,6 +18,8 @@ __all__ = [
     "compress_model",
     "compression_report",
     "distiller",
+    "dlrt",
+    "finalize_dlrt",
     "finalize_transfer",
     "learn_compression",
     "schemes",
