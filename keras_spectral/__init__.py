@@ -16,7 +16,9 @@ from keras_spectral.compression import distiller
 from keras_spectral.compression import dlrt
 from keras_spectral.compression import finalize_dlrt
 from keras_spectral.compression import finalize_transfer
+from keras_spectral.compression import keep_zeros
 from keras_spectral.compression import learn_compression
+from keras_spectral.compression import prune_model
 from keras_spectral.compression import schemes
 from keras_spectral.compression import search_rank
 from keras_spectral.exchange import load_keras_lora
@@ -137,6 +139,7 @@ __all__ = [
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
+    "keep_zeros",
     "kernel_gradients",
     "learn_compression",
     "list_targets",
@@ -149,6 +152,7 @@ __all__ = [
     "mixed_batch",
     "optimizers",
     "plots",
+    "prune_model",
     "prune_parts",
     "quantize_with_lora",
     "rename_adapter",

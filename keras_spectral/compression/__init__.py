@@ -6,6 +6,8 @@ from keras_spectral.compression.distill import distiller
 from keras_spectral.compression.dlrt import dlrt
 from keras_spectral.compression.dlrt import finalize_dlrt
 from keras_spectral.compression.learn import learn_compression
+from keras_spectral.compression.masks import keep_zeros
+from keras_spectral.compression.prune import prune_model
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import compression_report
 from keras_spectral.compression.transfer import finalize_transfer
@@ -21,7 +23,9 @@ __all__ = [
     "dlrt",
     "finalize_dlrt",
     "finalize_transfer",
+    "keep_zeros",
     "learn_compression",
+    "prune_model",
     "schemes",
     "search_rank",
 ]
