@@ -49,7 +49,8 @@ class KeepZeros(keras.constraints.Constraint):
         if self.constraint is not None:
             w = self.constraint(w)
         w = ops.convert_to_tensor(w)
-        return ops.where(self._factors, w, ops.zeros_like(w))
+        kept = ops.convert_to_tensor(self._factors)
+        return ops.where(kept, w, ops.zeros_like(w))
 
     def get_config(self):
         bits = zlib.compress(np.packbits(self.mask).tobytes())
@@ -117,7 +118,7 @@ def keep_zeros(
     >>> model = keras.Sequential(
     ...     [keras.Input((2,)), keras.layers.Dense(1, name="hidden")]
     ... )
-    >>> model.get_layer("hidden").kernel.assign([[0.0], [3.0]])
+    >>> _ = model.get_layer("hidden").kernel.assign([[0.0], [3.0]])
     >>> model = ks.keep_zeros(model)
     >>> model.compile("sgd", "mse")
     >>> data = keras.ops.ones((4, 2)), keras.ops.ones((4, 1))

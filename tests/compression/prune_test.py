@@ -260,3 +260,34 @@ def test_adapters_are_refused():
     for change in (lambda m: ks.prune_model(m, 0.5), ks.keep_zeros):
         with pytest.raises(ValueError, match="has adapters"):
             change(model)
+
+
+@pytest.mark.once
+def test_inside_of_keras_hub(tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=6,
+    )
+    model = keras_hub.models.BertTextClassifier(backbone, 2, preprocessor=None)
+    small = ks.prune_model(model, 0.5, target="all-linear")
+    ids = np.ones((4, 6), "int32")
+    inputs = {"token_ids": ids, "segment_ids": 0 * ids, "padding_mask": ids}
+    small.fit(inputs, np.array([0, 1, 0, 1]), verbose=0)
+
+    def zeros(model):
+        kernels = [v for v in model.variables if v.name == "kernel"]
+        return [int((_numpy(v) == 0).sum()) for v in kernels]
+
+    expected = zeros(small)
+    assert sum(expected) == (4 * 64 + 2 * 128) // 2
+    small.save(tmp_path / "small.keras")
+    again = keras.saving.load_model(tmp_path / "small.keras")
+    ks.keep_zeros(again, "all-linear").fit(
+        inputs, np.array([0, 1, 0, 1]), verbose=0
+    )
+    assert zeros(again) == expected
