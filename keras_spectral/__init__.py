@@ -10,11 +10,21 @@ from keras_spectral.blocks import BottleneckAdapter
 from keras_spectral.blocks import PrefixTuning
 from keras_spectral.blocks import UniPELTBlock
 from keras_spectral.compression import LowRank
+from keras_spectral.compression import cluster_weights
 from keras_spectral.compression import compress_model
 from keras_spectral.compression import compression_report
 from keras_spectral.compression import distiller
+from keras_spectral.compression import dlrt
+from keras_spectral.compression import fake_quantize
+from keras_spectral.compression import finalize_dlrt
+from keras_spectral.compression import finalize_quantized
 from keras_spectral.compression import finalize_transfer
+from keras_spectral.compression import keep_zeros
+from keras_spectral.compression import learn_compression
+from keras_spectral.compression import prune_model
+from keras_spectral.compression import schemes
 from keras_spectral.compression import search_rank
+from keras_spectral.compression import sensitivity_scan
 from keras_spectral.exchange import load_keras_lora
 from keras_spectral.exchange import load_peft
 from keras_spectral.exchange import save_peft
@@ -122,6 +132,7 @@ __all__ = [
     "calibrate",
     "callbacks",
     "choose_layers",
+    "cluster_weights",
     "collect_gates",
     "combine_adapters",
     "compact_ranks",
@@ -129,11 +140,17 @@ __all__ = [
     "compression_report",
     "delete_adapter",
     "distiller",
+    "dlrt",
+    "fake_quantize",
+    "finalize_dlrt",
     "finalize_glora",
+    "finalize_quantized",
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
+    "keep_zeros",
     "kernel_gradients",
+    "learn_compression",
     "list_targets",
     "load_adapters",
     "load_keras_lora",
@@ -144,14 +161,17 @@ __all__ = [
     "mixed_batch",
     "optimizers",
     "plots",
+    "prune_model",
     "prune_parts",
     "quantize_with_lora",
     "rename_adapter",
     "save_adapters",
     "save_peft",
+    "schemes",
     "search_glora",
     "search_parts",
     "search_rank",
+    "sensitivity_scan",
     "set_adapters",
     "to_lora",
     "tune_gates",

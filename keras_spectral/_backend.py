@@ -172,3 +172,98 @@ def _torch_gradients(loss, values, *args):
         for value, flag in zip(values, flags):
             value.requires_grad_(flag)
     return list(found)
+
+
+def value_and_gradients(
+    function: Callable,
+    variables: list[keras.Variable],
+    others: list[keras.Variable],
+) -> tuple:
+    """A loss, what comes with it, and the loss's gradients by variables.
+
+    For training steps: what the function assigns stays assigned, within
+    traced steps as well.
+
+    Args:
+        function: Of no arguments; returns the loss and anything else.
+        variables: They may be frozen.
+        others: All variables that the function reads or assigns besides.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return _of_jax(function, variables, others)
+    values = [v.value for v in variables]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            loss, rest = function()
+        zero = tf.UnconnectedGradients.ZERO
+        found = tape.gradient(loss, values, unconnected_gradients=zero)
+        return loss, rest, [tf.convert_to_tensor(x) for x in found]
+    import torch
+
+    flags = [value.requires_grad for value in values]
+    try:
+        for value in values:
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            loss, rest = function()
+            found = torch.autograd.grad(
+                loss, values, allow_unused=True, materialize_grads=True
+            )
+    finally:
+        for value, flag in zip(values, flags):
+            value.requires_grad_(flag)
+    rest = keras.tree.map_structure(lambda x: x.detach(), rest)
+    return loss.detach(), rest, list(found)
+
+
+def _of_jax(function, variables, others):
+    import jax
+
+    chosen = {id(v) for v in variables}
+    others = [v for v in others if id(v) not in chosen]
+    before = [v.value for v in others]
+
+    def of(values):
+        mapping = [*zip(variables, values), *zip(others, before)]
+        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            loss, rest = function()
+        return loss, (rest, [scope.get_current_value(v) for v in others])
+
+    values = [v.value for v in variables]
+    (loss, (rest, after)), found = jax.value_and_grad(of, has_aux=True)(values)
+    for variable, value in zip(others, after):
+        variable.assign(value)
+    return loss, rest, list(found)
+
+
+def on_state(step: Callable, groups: list[list], state: tuple) -> tuple:
+    """A step of a JAX trainer, written with assignments to variables.
+
+    Args:
+        step: Of no arguments; returns logs.
+        groups: The variables of each part of the state.
+        state: Their values.
+
+    Returns:
+        The logs and the new state.
+    """
+    mapping = [
+        pair for group, part in zip(groups, state) for pair in zip(group, part)
+    ]
+    with keras.StatelessScope(mapping) as scope:
+        logs = step()
+    after = ([scope.get_current_value(v) for v in group] for group in groups)
+    return logs, tuple(after)
+
+
+def without_gradients() -> contextlib.AbstractContextManager:
+    """Inside, PyTorch notes nothing for a later backward pass."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()

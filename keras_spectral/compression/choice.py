@@ -43,6 +43,38 @@ def chosen_places(
     keep_ends: bool,
 ) -> list[Place]:
     """The places to compress, after all checks."""
+    found = _plain_places(model)
+    chosen = select(model, found, target or _NoTable(), exclude)
+    whole = {id(p.layer) for p in without_halves(found)}
+    chosen = [p for p in chosen if id(p.layer) in whole]
+    chosen = [p for p in chosen if not isinstance(p.layer, LowRank)]
+    if keep_ends:
+        chosen = chosen[1:-1]
+    _check_places(model, found, chosen, _check_replaceable)
+    return chosen
+
+
+def kernel_places(
+    model: keras.Model, target: Target | None, exclude: Target | None
+) -> list[Place]:
+    """The places whose kernels get other numbers, after all checks.
+
+    A factorised layer stands for its two halves.
+    """
+    found = _plain_places(model)
+    halves = {id(p.layer): p for p in found}
+    chosen = []
+    for place in select(model, found, target or _NoTable(), exclude):
+        if isinstance(place.layer, LowRank):
+            pair = place.layer.down, place.layer.up
+            chosen += [halves[id(half)] for half in pair]
+        else:
+            chosen.append(place)
+    _check_places(model, found, chosen, _check_assignable)
+    return chosen
+
+
+def _plain_places(model):
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
             f"Received {model!r}. Expected a built Keras model: call it on a "
@@ -53,13 +85,10 @@ def chosen_places(
             f"Model '{model.name}' has adapters. Expected a plain one: merge "
             "or unwrap it first."
         )
-    found = places(model)
-    chosen = select(model, found, target or _NoTable(), exclude)
-    whole = {id(p.layer) for p in without_halves(found)}
-    chosen = [p for p in chosen if id(p.layer) in whole]
-    chosen = [p for p in chosen if not isinstance(p.layer, LowRank)]
-    if keep_ends:
-        chosen = chosen[1:-1]
+    return places(model)
+
+
+def _check_places(model, found, chosen, check):
     if not chosen:
         raise ValueError(
             f"Nothing is left to compress in model '{model.name}': "
@@ -68,13 +97,24 @@ def chosen_places(
     shared = tied(model, found)
     for place in chosen:
         try:
-            _check_layer(place.layer, shared.get(id(place.layer)))
+            check(place.layer, shared.get(id(place.layer)))
         except ValueError as error:
             raise ValueError(f"At '{place.path}': {error}") from error
-    return chosen
 
 
-def _check_layer(layer, sharing):
+def _check_assignable(layer, sharing):
+    """Raises unless a layer's kernel can take other numbers."""
+    view = kernel_view(layer)
+    view.check_assignable()
+    if sharing is not None:
+        raise ValueError(
+            f"The kernel of layer '{layer.name}' {sharing}. Expected one of "
+            "the layer's own: leave the layer out with `exclude`."
+        )
+    view.finite_matrix()
+
+
+def _check_replaceable(layer, sharing):
     """Raises unless a pair can do a layer's work alone."""
     view = kernel_view(layer)
     view.check_assignable()

@@ -16,6 +16,7 @@ from keras_spectral.compression.calibrated import check_calibration
 from keras_spectral.compression.calibrated import fits_of
 from keras_spectral.compression.choice import check_goal
 from keras_spectral.compression.choice import chosen_places
+from keras_spectral.compression.losses import with_losses
 from keras_spectral.compression.pairs import fitted_pair
 from keras_spectral.compression.report import CompressedLayer
 from keras_spectral.compression.report import CompressionReport
@@ -24,7 +25,6 @@ from keras_spectral.compression.saved import copy_model
 from keras_spectral.compression.saved import ordered_layers
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
-from keras_spectral.compression.sensitivity import with_losses
 from keras_spectral.compression.sequential import sequential_pairs
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress

@@ -1,93 +1,105 @@
-"""How much a model's outputs change if one layer alone is truncated."""
+"""How much of each kernel can be pruned: a scan without training."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_spectral._backend import without_gradients
-from keras_spectral.compression.fit import Fit
-from keras_spectral.compression.fit import joined
-from keras_spectral.compression.ranks import Spectrum
+from keras_spectral._internal.checks import check_number
+from keras_spectral._internal.evaluate import evaluate
+from keras_spectral.compression.choice import kernel_places
+from keras_spectral.compression.own_numbers import assign_numbers
+from keras_spectral.compression.own_numbers import own_numbers
+from keras_spectral.compression.sparsity import largest_mask
+from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
-from keras_spectral.model.calibrate import padding_of
+from keras_spectral.model.select import Target
 
-_SHARES = (0.25, 0.5, 0.75)  # of the rank from which on a layer would grow
+_SHARES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
-def with_losses(
+def sensitivity_scan(
     model: keras.Model,
-    fits: Sequence[Fit],
-    spectra: Sequence[Spectrum],
-    batch: Any,
-) -> list[Spectrum]:
-    """Spectra that know what truncating their layer costs the whole model.
+    dataset: Any,
+    shares: Iterable[float] = _SHARES,
+    metric: str = "accuracy",
+    *,
+    target: Target | None = None,
+    exclude: Target | None = None,
+) -> dict[str, dict[float, float]]:
+    """Prunes one layer at a time, by magnitude, and evaluates.
 
-    The loss is `|y - y'|^2 / |y|^2` of the model's outputs y, a mean over
-    several of them, without masked tokens. For each layer it is measured at
-    three ranks, with a run on the batch each.
+    Nothing is trained, and the model is as it was afterwards. Layers whose
+    metric stays where it is bear a larger share in `prune_model`;
+    `plots.plot_sensitivity` draws the curves.
 
     Args:
-        model: A copy of the model, whose kernels are changed and put back.
-        fits: What pairs are fitted to, on views of its layers.
-        spectra: Theirs.
-        batch: Inputs of the model.
+        model: A compiled model.
+        dataset: What `model.evaluate` takes as first argument, or a tuple
+            `(x, y)` or `(x, y, sample_weight)`.
+        shares: Shares of a kernel's weights to set to zero, from 0 to 1.
+        metric: The name of a result of `model.evaluate`.
+        target: Which layers, as for `wrap_model`. Defaults to all kernels but
+            embeddings; halves of a `LowRank` layer count by themselves.
+        exclude: Which layers not; the same forms.
+
+    Returns:
+        `{path: {share: metric}}`.
+
+    Raises:
+        ValueError: No such metric; no data; a share below 0 or above 1; what
+            `prune_model` refuses.
+
+    Example:
+
+    >>> import keras_spectral as ks
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(1, name="hidden")]
+    ... )
+    >>> model.compile("sgd", "mse")
+    >>> data = keras.ops.ones((4, 4)), keras.ops.zeros((4, 1))
+    >>> found = ks.sensitivity_scan(model, data, [0, 1], "loss")
+    >>> found["hidden"][1.0]
+    0.0
     """
-    found = []
-    with LateProgress("measuring losses", len(fits)) as progress:
-        with without_gradients():
-            wanted = _outputs(model, batch)
-            for fit, spectrum in zip(fits, spectra):
-                losses = _losses(model, fit, spectrum, batch, wanted)
-                found.append(dataclasses.replace(spectrum, losses=losses))
-                progress.advance(1)
+    shares = _checked_shares(shares)
+    chosen = kernel_places(model, target, exclude)
+    found: dict[str, dict[float, float]] = {}
+    with LateProgress("pruning layers", len(chosen)) as progress:
+        for place in chosen:
+            view = kernel_view(place.layer)
+            before, kernel = ops.copy(view.variable()), own_numbers(view)
+            try:
+                found[place.path] = {}
+                for share in shares:
+                    mask = largest_mask(kernel, share)
+                    assign_numbers(view, np.where(mask, kernel, 0))
+                    value = _value(model, dataset, metric)
+                    found[place.path][share] = value
+            finally:
+                view.variable().assign(before)
+            progress.advance(1)
     return found
 
 
-def _losses(model, fit, spectrum, batch, wanted):
-    view, bias = fit.view, fit.view.bias_of()
-    # PyTorch's arrays are the variables themselves.
-    kernel = ops.convert_to_numpy(view.matrix()).copy()
-    before = None if bias is None else ops.convert_to_numpy(bias).copy()
-    a, b = fit.pair()
-    losses = {}
-    for rank in _ranks(spectrum):
-        matrix = joined(view, a[..., :rank], b[..., :rank, :])
-        if fit.centred:
-            bias.assign(fit.bias(matrix))
-        view.assign(ops.convert_to_tensor(matrix))
-        losses[rank] = _distance(wanted, _outputs(model, batch))
-        view.assign(ops.convert_to_tensor(kernel))
-        if fit.centred:
-            bias.assign(before)
-    return losses
+def _value(model, dataset, metric):
+    results = evaluate(model, dataset)
+    if metric not in results:
+        raise ValueError(
+            f"Received metric={metric!r}; `model.evaluate` gives "
+            f"{sorted(results)}. Expected one of these."
+        )
+    return float(results[metric])
 
 
-def _ranks(spectrum):
-    most = (spectrum.weights - 1) // spectrum.per_rank[1]
-    most = min(most, spectrum.values[1].shape[1])
-    return sorted({max(1, round(share * most)) for share in _SHARES})
-
-
-def _outputs(model, batch):
-    """The outputs as numpy arrays (examples, ...), masked tokens being 0."""
-    mask = padding_of(batch)
-    found = []
-    for output in keras.tree.flatten(model(batch, training=False)):
-        output = np.float64(ops.convert_to_numpy(ops.cast(output, "float32")))
-        if mask is not None and output.shape[:2] == tuple(mask.shape):
-            kept = np.float64(ops.convert_to_numpy(mask))
-            output *= kept.reshape(*kept.shape, *[1] * (output.ndim - 2))
-        found.append(output)
-    return found
-
-
-def _distance(wanted, got):
-    shares = [
-        ((y - z) ** 2).sum() / max((y**2).sum(), 1e-60)
-        for y, z in zip(wanted, got)
-    ]
-    return float(np.mean(shares))
+def _checked_shares(shares):
+    given = list(shares) if isinstance(shares, Iterable) else []
+    found = [check_number(share, "share", 0) for share in given]
+    if not found or max(found) > 1:
+        raise ValueError(
+            f"Received shares={shares!r}. Expected numbers from 0 to 1, such "
+            "as [0.5, 0.9]."
+        )
+    return [float(share) for share in found]

@@ -63,6 +63,11 @@ class KernelView(Replaceable):
         kernel = ops.cast(self.variable(), dtype) + ops.cast(change, dtype)
         return twin(self.bare(), **self._kernel_as(kernel))
 
+    def with_kernel(self, kernel) -> keras.layers.Layer:
+        """A twin with another kernel of the same shape, for one call."""
+        kernel = ops.cast(kernel, self.layer.compute_dtype)
+        return twin(self.layer, **self._kernel_as(kernel))
+
     def linear(self, inputs, kernel):
         """The layer's outputs with another kernel and without a bias."""
         dtype = self.layer.compute_dtype

@@ -48,6 +48,21 @@ def is_plain_graph(layer: keras.layers.Layer) -> bool:
     return type(layer) in (Functional, keras.Sequential)
 
 
+def calls(model: keras.Model) -> list[tuple]:
+    """Each call of an operation in a plain graph, `(source, reader, shape)`.
+
+    The reader is given a tensor of that shape which the source made.
+    """
+    graph = model._functional if type(model) is keras.Sequential else model
+    return [
+        (tensor._keras_history.operation, operation, tensor.shape)
+        for operation in graph.operations
+        for index, node in enumerate(operation._inbound_nodes)
+        if make_node_key(operation, index) in graph._nodes
+        for tensor in node.input_tensors
+    ]
+
+
 def build_in_place(
     member: keras.layers.Layer, base: keras.layers.Layer, twin: int = 0
 ) -> None:

@@ -1,5 +1,7 @@
 """matplotlib pictures; each function returns the figure."""
 
+from keras_spectral.plots.compression import plot_learning
+from keras_spectral.plots.compression import plot_sensitivity
 from keras_spectral.plots.parts import plot_gate_bars
 from keras_spectral.plots.parts import plot_gate_histogram
 from keras_spectral.plots.parts import plot_gate_history
@@ -17,9 +19,11 @@ __all__ = [
     "plot_gate_history",
     "plot_gate_map",
     "plot_gates",
+    "plot_learning",
     "plot_posterior",
     "plot_rank_history",
     "plot_rank_map",
+    "plot_sensitivity",
     "plot_spectrum",
     "plot_transfer",
 ]

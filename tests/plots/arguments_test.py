@@ -11,8 +11,10 @@ DRAW = [
     plots.plot_gate_map,
     plots.plot_gate_histogram,
     plots.plot_gate_history,
+    plots.plot_learning,
     plots.plot_rank_history,
     plots.plot_rank_map,
+    plots.plot_sensitivity,
     plots.plot_transfer,
 ]
 RANKS = {"a/b": 1}
