@@ -258,12 +258,3 @@ def on_state(step: Callable, groups: list[list], state: tuple) -> tuple:
         logs = step()
     after = ([scope.get_current_value(v) for v in group] for group in groups)
     return logs, tuple(after)
-
-
-def without_gradients() -> contextlib.AbstractContextManager:
-    """Inside, PyTorch notes nothing for a later backward pass."""
-    if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.no_grad()

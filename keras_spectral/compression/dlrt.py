@@ -10,8 +10,8 @@ from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.compression.choice import chosen_places
-from keras_spectral.compression.compress import low_rank_layer
 from keras_spectral.compression.dynamic_layer import DynamicLowRank
+from keras_spectral.compression.pairs import low_rank_layer
 from keras_spectral.compression.saved import copy_model
 from keras_spectral.compression.saved import ordered_layers
 from keras_spectral.compression.saved import plain_config

@@ -14,12 +14,12 @@ from keras_spectral._internal.compiling import check_compiled
 from keras_spectral._internal.compiling import compile_like
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral.compression.choice import chosen_places
-from keras_spectral.compression.compress import low_rank_layer
 from keras_spectral.compression.learn_state import load_state
 from keras_spectral.compression.learn_state import save_state
 from keras_spectral.compression.own_numbers import assign_numbers
 from keras_spectral.compression.own_numbers import in_kernel_shape
 from keras_spectral.compression.own_numbers import own_numbers
+from keras_spectral.compression.pairs import low_rank_layer
 from keras_spectral.compression.pulled import Pulled
 from keras_spectral.compression.saved import copy_model
 from keras_spectral.compression.saved import ordered_layers
