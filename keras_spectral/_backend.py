@@ -258,3 +258,29 @@ def on_state(step: Callable, groups: list[list], state: tuple) -> tuple:
         logs = step()
     after = ([scope.get_current_value(v) for v in group] for group in groups)
     return logs, tuple(after)
+
+
+def inference_of(layer: keras.layers.Layer, inputs) -> Callable[[], None]:
+    """A function that runs a compiled layer on inputs and waits for the end."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        weights = [v.value for v in layer.trainable_variables]
+        others = [v.value for v in layer.non_trainable_variables]
+        run = jax.jit(lambda *args: layer.stateless_call(*args)[0])
+        return lambda: jax.block_until_ready(run(weights, others, inputs))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        run = tf.function(lambda x: layer(x), autograph=False)
+        return lambda: run(inputs).numpy()
+    import torch
+
+    def run():
+        with torch.no_grad():
+            layer(inputs)
+        if inputs.is_cuda:
+            torch.cuda.synchronize()
+
+    return run

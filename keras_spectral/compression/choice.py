@@ -17,9 +17,15 @@ from keras_spectral.model.ties import tied
 
 
 def check_goal(
-    ratio: float | None, budget: int | None, max_error: float | None
+    ratio: float | None,
+    budget: float | None,
+    max_error: float | None,
+    whole: bool = True,
 ) -> None:
-    """Raises a ValueError unless one goal is given, and within its limits."""
+    """Raises a ValueError unless one goal is given, and within its limits.
+
+    `whole` says that the budget counts something.
+    """
     given = {"ratio": ratio, "budget": budget, "max_error": max_error}
     given = {k: value for k, value in given.items() if value is not None}
     if len(given) != 1:
@@ -28,8 +34,11 @@ def check_goal(
             "`budget` and `max_error`."
         )
     name, value = next(iter(given.items()))
-    if name == "budget":
+    if name == "budget" and whole:
         check_rank(value, name)
+    elif name == "budget":
+        if check_number(value, name, 0) == 0:
+            raise ValueError("Received budget=0. Expected a number above 0.")
     elif not 0 < check_number(value, name) < 1:
         raise ValueError(
             f"Received {name}={value!r}. Expected a number above 0 and below 1."

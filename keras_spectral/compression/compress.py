@@ -16,6 +16,10 @@ from keras_spectral.compression.calibrated import check_calibration
 from keras_spectral.compression.calibrated import fits_of
 from keras_spectral.compression.choice import check_goal
 from keras_spectral.compression.choice import chosen_places
+from keras_spectral.compression.costs import UNITS
+from keras_spectral.compression.costs import fast_slicings
+from keras_spectral.compression.costs import with_costs
+from keras_spectral.compression.latency import Timer
 from keras_spectral.compression.losses import with_losses
 from keras_spectral.compression.pairs import fitted_pair
 from keras_spectral.compression.report import CompressedLayer
@@ -41,9 +45,11 @@ def compress_model(
     model: keras.Model,
     ratio: float | None = None,
     *,
-    budget: int | None = None,
+    budget: float | None = None,
     max_error: float | None = None,
     method: str = "alds",
+    measure: str = "weights",
+    max_slices: int | None = None,
     target: Target | None = None,
     exclude: Target | None = None,
     keep_ends: bool = False,
@@ -54,6 +60,8 @@ def compress_model(
     compensate_bias: bool = True,
     sequential: bool = False,
     batch_size: int = 32,
+    unknown_size: int | None = None,
+    latencies: dict[str, float] | None = None,
 ) -> keras.Model:
     """Returns a smaller model whose kernels are truncated by SVD.
 
@@ -67,7 +75,9 @@ def compress_model(
       largest;
     - `"alds"`: convolutions are cut into slices of their input channels with
       a pair each (a grouped convolution and a 1x1); slices and ranks are
-      chosen so that the largest relative error of all layers is smallest;
+      chosen so that the largest relative error of all layers is smallest.
+      Slices are used where they are no slower than the layer, which is timed
+      here, unless `max_slices` says otherwise;
     - `"sensitivity"`: such that one weight more would lower the loss of the
       whole model alike in every layer. The loss, the relative squared change
       of the outputs, is measured on the first batch of `calibration` with
@@ -87,15 +97,24 @@ def compress_model(
 
     Args:
         model: Any built Keras or KerasHub model that can be saved.
-        ratio: Share of the chosen kernels' weights to remove, above 0 and
-            below 1, or
-        budget: how many weights the whole model may have, or
+        ratio: Share of the chosen kernels' weights (or of their operations
+            or time, see `measure`) to remove, above 0 and below 1, or
+        budget: how many weights the whole model may have (or how many
+            operations for one example, or milliseconds for a batch, the
+            chosen layers may take), or
         max_error: the largest error bound of a layer, above 0 and below 1:
             of the spectral norm of what is dropped, over the kernel's. That
             is the `bound` of the report, for the ranks without what
             `recover="lora"` spares; the report's `error` is another number,
             by the Frobenius norm.
         method: How ranks are chosen.
+        measure: What is saved: `"weights"`; `"flops"`, the operations of
+            kernels; or `"latency"`, the time that layers take in inference on
+            this machine and backend. Each shape is timed once, whole and as a
+            pair of a few ranks. A layer that none makes faster stays whole.
+        max_slices: Of ALDS, the most slices of a layer, however slow they
+            are. By default the time decides; where it is not known, because
+            a model leaves sizes open, there are none.
         target: Which layers, as for `wrap_model`. Defaults to all that can
             be factorised but embeddings.
         exclude: Which layers not; the same forms.
@@ -123,19 +142,25 @@ def compress_model(
             that have one input, up to these; or once alone, if all data are
             one batch (see `batch_size`). Layers that a batch meets several
             times are fitted to X.
-        batch_size: Of `calibration`, where it is arrays.
+        batch_size: Of `calibration`, where it is arrays, and of the batch
+            that layers are timed on.
+        unknown_size: What the sizes count as for the time that a model leaves
+            open, such as the length of sequences.
+        latencies: Times that are known already: `latencies` of an earlier
+            report. The report has milliseconds if this is given, even as
+            `{}`, or if they are the measure.
 
     Returns:
         The new model, made of plain Keras layers and `LowRank` ones.
         `compression_report` says what happened to each layer.
 
     Raises:
-        ValueError: A bad option; a budget that cannot be met; data that the
-            model cannot run on or that give NaN; nothing to compress;
-            adapters or quantised kernels in the model; a kernel that holds
-            NaN or infinities, that something else holds as well or that its
-            layer does not use as its class does; a model that is not built
-            or that Keras cannot save.
+        ValueError: A bad option; a budget that cannot be met; a model of
+            open sizes that is to be timed; data that the model cannot run on
+            or that give NaN; nothing to compress; adapters or quantised
+            kernels in the model; a kernel that holds NaN or infinities, that
+            something else holds as well or that its layer does not use as its
+            class does; a model that is not built or that Keras cannot save.
 
     Example:
 
@@ -153,6 +178,7 @@ def compress_model(
     """
     start = time.monotonic()
     check_choice(method, "method", tuple(ranks.RULES))
+    check_choice(measure, "measure", tuple(UNITS))
     check_choice(recover, "recover", (None, "train", "lora"))
     check_rank(recover_rank, "recover_rank")
     check_flag(keep_ends, "keep_ends")
@@ -160,7 +186,13 @@ def compress_model(
     check_flag(compensate_bias, "compensate_bias")
     check_flag(sequential, "sequential")
     check_rank(batch_size, "batch_size")
-    check_goal(ratio, budget, max_error)
+    for name, size in (
+        ("max_slices", max_slices),
+        ("unknown_size", unknown_size),
+    ):
+        if size is not None:
+            check_rank(size, name)
+    check_goal(ratio, budget, max_error, measure == "weights")
     check_calibration(calibration, method, sequential)
     chosen = chosen_places(model, target, exclude, keep_ends)
     small = copy_model(model)
@@ -172,16 +204,18 @@ def compress_model(
         if sequential or method == "sensitivity":
             data = list(data)
     fits = fits_of(model, chosen, views, data, compensate_bias)
-    spectra = _spectra(fits, method, true_bound or max_error is not None)
+    timer = Timer(batch_size, unknown_size, latencies)
+    limits = [_slicings(v, method, measure, max_slices, timer) for v in views]
+    true_bound = true_bound or max_error is not None
+    spectra = _spectra(fits, limits, true_bound)
     if method == "sensitivity":
         spectra = with_losses(small, fits, spectra, data[0][0])
-    if budget is not None:
-        budget = (
-            int(budget) - count_weights(model) + sum(s.weights for s in spectra)
-        )
+    spectra = with_costs(spectra, views, measure, timer)
+    if budget is not None and measure == "weights":
+        budget += sum(s.weights for s in spectra) - count_weights(model)
     if ratio is not None:
-        budget = int((1 - ratio) * sum(s.weights for s in spectra))
-    choices = ranks.allocate(spectra, method, budget, max_error)
+        budget = (1 - ratio) * sum(s.cost(ranks.LEAVE) for s in spectra)
+    choices = ranks.allocate(spectra, method, budget, max_error, UNITS[measure])
     spared = recover_rank if recover == "lora" else 0
     left = [_spare(choice, spared) for choice in choices]
     plan = {
@@ -204,31 +238,43 @@ def compress_model(
         }
         _prepare_recovery(small, whole, recover, spared)
     errors = [pairs[v.layer].error if v.layer in pairs else 0.0 for v in views]
-    rows = [_row(*x) for x in zip(chosen, views, spectra, choices, errors)]
+    timed = timer if measure == "latency" or latencies is not None else None
+    rows = [
+        _row(*x, timed) for x in zip(chosen, views, spectra, choices, errors)
+    ]
     saved = sum(row.weights[0] - row.weights[1] for row in rows)
     weights = (count_weights(model), count_weights(model) - saved)
     seconds = time.monotonic() - start
-    measure = "kernels" if calibration is None else "outputs"
-    report = CompressionReport(tuple(rows), weights, seconds, measure)
+    error_of = "kernels" if calibration is None else "outputs"
+    report = CompressionReport(
+        tuple(rows), weights, seconds, error_of, timer.latencies
+    )
     keep_report(small, report)
     return small
 
 
-def _spectra(fits, method, true_bound):
+def _slicings(view, method, measure, most, timer):
+    """The numbers of slices to look at, each with its largest rank or None."""
+    known = view.slicings() if method == "alds" else [1]
+    if most is None and measure == "weights":
+        return fast_slicings(view, known, timer)
+    return {n: None for n in known if most is None or n <= most}
+
+
+def _spectra(fits, limits, true_bound):
     found = []
     with LateProgress("singular values", len(fits)) as progress:
-        for fit in fits:
+        for fit, limit in zip(fits, limits):
             view = fit.view
-            slicings = view.slicings() if method == "alds" else [1]
             values = {
                 n: ops.convert_to_numpy(
                     ops.svd(fit.whitened(n), compute_uv=False)
                 )
-                for n in slicings
+                for n in limit
             }
-            per_rank = {n: view.pair_weights(1, n) for n in slicings}
+            per_rank = {n: view.pair_weights(1, n) for n in limit}
             spectrum = ranks.Spectrum(
-                values, view.num_weights, per_rank, true_bound
+                values, view.num_weights, per_rank, true_bound, limits=limit
             )
             found.append(spectrum)
             progress.advance(1)
@@ -284,7 +330,12 @@ def _prepare_recovery(small, plan, recover, spared):
         wrap_model(small, "lora", target=names, overrides=ranks_left)
 
 
-def _row(place, view, spectrum, choice, error):
+def _row(place, view, spectrum, choice, error, timer):
+    pair = choice.rank, choice.slices
+    times = None
+    if timer is not None:
+        whole = timer.whole(view)
+        times = (whole, timer.pair(view, *pair) if choice.rank else whole)
     shape = place.layer.get_build_config()["input_shape"]
     return CompressedLayer(
         place.path,
@@ -293,7 +344,8 @@ def _row(place, view, spectrum, choice, error):
         choice.rank,
         choice.slices,
         (spectrum.weights, spectrum.size(choice)),
-        (view.flops(shape), view.flops(shape, choice.rank, choice.slices)),
+        (view.flops(shape), view.flops(shape, *pair)),
         error,
         spectrum.bound(choice),
+        times,
     )

@@ -25,6 +25,10 @@ class Spectrum:
             its root.
         losses: For a few ranks what truncating this layer alone costs the
             model.
+        costs: What is to be saved: for each number of slices what a pair of
+            the ranks 1, 2, .. has of it, ascending; weights if None.
+        whole: What the layer itself has of it.
+        limits: The largest ranks of slices that are fast enough.
     """
 
     values: dict[int, np.ndarray]
@@ -32,6 +36,9 @@ class Spectrum:
     per_rank: dict[int, int]
     true_bound: bool = True
     losses: dict[int, float] | None = None
+    costs: dict[int, np.ndarray] | None = None
+    whole: float | None = None
+    limits: dict[int, int] | None = None
 
     @property
     def norm(self) -> float:
@@ -63,9 +70,10 @@ class Spectrum:
         return float(self.errors(choice.slices)[choice.rank - 1])
 
     def errors(self, slices: int) -> np.ndarray:
-        """`error` of the ranks 1 to m."""
+        """`error` of the ranks 1 to m, or to the limit."""
         factor = math.sqrt(slices) if self.true_bound else 1.0
-        return factor * self._beyond(slices)
+        limit = (self.limits or {}).get(slices)
+        return factor * self._beyond(slices)[:limit]
 
     def _beyond(self, slices):
         values = self.values[slices]
@@ -95,10 +103,28 @@ class Spectrum:
             return self.weights
         return choice.rank * self.per_rank[choice.slices]
 
+    def cost(self, choice: "Choice") -> float:
+        """How much is left of what is to be saved."""
+        if choice.rank is None:
+            return self.weights if self.costs is None else self.whole
+        return float(self.cost_table(choice.slices)[choice.rank - 1])
+
+    def cost_table(self, slices: int = 1) -> np.ndarray:
+        """`cost` of the ranks 1 to m."""
+        if self.costs is not None:
+            return self.costs[slices]
+        count = self.values[slices].shape[-1]
+        return self.per_rank[slices] * np.arange(1, count + 1)
+
+    def within(self, cost: float, slices: int = 1) -> int:
+        """The largest rank that costs no more, 0 if there is none."""
+        return int(np.searchsorted(self.cost_table(slices), cost, "right"))
+
     def choice(self, rank: int, slices: int = 1) -> "Choice":
-        """This rank, at least 1, or none where the layer would not shrink."""
-        found = Choice(max(1, int(rank)), slices)
-        return found if self.size(found) < self.weights else LEAVE
+        """This rank, at least 1, or none where nothing would be saved."""
+        table = self.cost_table(slices)
+        found = Choice(min(max(1, int(rank)), len(table)), slices)
+        return found if self.cost(found) < self.cost(LEAVE) else LEAVE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +140,8 @@ Rule = Callable[[Spectrum, float], Choice]
 
 
 def uniform(spectrum: Spectrum, level: float) -> Choice:
-    """Keeps an equal share of each kernel's weights."""
-    return spectrum.choice(level * spectrum.weights / spectrum.per_rank[1])
+    """Keeps an equal share of each kernel's cost."""
+    return spectrum.choice(spectrum.within(level * spectrum.cost(LEAVE)))
 
 
 def energy(spectrum: Spectrum, level: float) -> Choice:
@@ -138,11 +164,11 @@ def alds(spectrum: Spectrum, level: float) -> Choice:
         _fitting(spectrum, spectrum.errors(count), count, level)
         for count in spectrum.values
     ]
-    return min(found, key=spectrum.size)
+    return min(found, key=spectrum.cost)
 
 
 def sensitivity(spectrum: Spectrum, level: float) -> Choice:
-    """Keeps weights as long as each lowers the model's loss by a price.
+    """Keeps ranks as long as their cost lowers the model's loss by a price.
 
     The price is the same in all layers, from infinity at level 0 to 0 at 1.
     """
@@ -150,10 +176,9 @@ def sensitivity(spectrum: Spectrum, level: float) -> Choice:
         return spectrum.choice(1 if level <= 0 else len(spectrum.values[1][0]))
     price = (1 - level) / level
     loss = spectrum.loss()
-    sizes = spectrum.per_rank[1] * np.arange(1, len(loss) + 1)
-    costs = loss + price * sizes
+    costs = loss + price * spectrum.cost_table()
     rank = int(np.argmin(costs)) + 1
-    if price * spectrum.weights <= costs[rank - 1]:
+    if price * spectrum.cost(LEAVE) <= costs[rank - 1]:
         return LEAVE
     return spectrum.choice(rank)
 
@@ -170,8 +195,9 @@ RULES: dict[str, Rule] = {
 def allocate(
     spectra: Sequence[Spectrum],
     method: str,
-    budget: int | None = None,
+    budget: float | None = None,
     max_error: float | None = None,
+    unit: str = "weights",
 ) -> list[Choice]:
     """Chooses a rank and a number of slices for every layer.
 
@@ -181,8 +207,9 @@ def allocate(
     Args:
         spectra: The layers.
         method: One of `RULES`.
-        budget: At most so many weights in all their kernels, or
+        budget: At most so much cost in all of them, or
         max_error: at most this error bound in each layer.
+        unit: What costs are counted in, for messages.
 
     Raises:
         ValueError: Rank 1 everywhere is still beyond the budget.
@@ -199,20 +226,26 @@ def allocate(
 
         return plan(_bisect(is_low)[1])
     smallest = plan(0.0)
-    if total_size(spectra, smallest) > budget:
+    if total_cost(spectra, smallest) > budget:
+        left = total_cost(spectra, smallest)
         raise ValueError(
-            f"At rank 1 everywhere {total_size(spectra, smallest):,} weights "
-            f"are left, and {budget:,} were asked for. Expected a larger "
-            "budget, or more layers to compress."
+            f"At rank 1 everywhere {number(left)} {unit} are left, and "
+            f"{number(budget)} were asked for. Expected a larger budget, or "
+            "more layers to compress."
         )
     if method == "alds":
         return _alternate(spectra, budget)
     return _within(spectra, plan, budget)
 
 
-def total_size(spectra: Sequence[Spectrum], choices: Sequence[Choice]) -> int:
-    """Numbers left in all kernels."""
-    return sum(s.size(choice) for s, choice in zip(spectra, choices))
+def total_cost(spectra: Sequence[Spectrum], choices: Sequence[Choice]) -> float:
+    """What all layers cost."""
+    return sum(s.cost(choice) for s, choice in zip(spectra, choices))
+
+
+def number(cost: float) -> str:
+    """Whole where it is large, else three digits."""
+    return f"{cost:,.0f}" if abs(cost) >= 100 else f"{cost:.3g}"
 
 
 def worst_error(
@@ -235,7 +268,7 @@ def _bisect(is_low):
 
 def _within(spectra, plan, budget):
     """The plan of the highest level that meets the budget."""
-    level, _ = _bisect(lambda x: total_size(spectra, plan(x)) <= budget)
+    level, _ = _bisect(lambda x: total_cost(spectra, plan(x)) <= budget)
     return plan(level)
 
 
@@ -258,9 +291,9 @@ def _alternate(spectra, budget):
 
             def plan(level, slicing=slicing):
                 rows = zip(spectra, tables, slicing)
-                return [_fitting(s, t[k], k, level) for s, t, k in rows]
+                return [_sliced(s, t, k, level) for s, t, k in rows]
 
-            if total_size(spectra, plan(0.0)) > budget:
+            if total_cost(spectra, plan(0.0)) > budget:
                 break
             choices = _within(spectra, plan, budget)
             plans.append(choices)
@@ -273,7 +306,7 @@ def _alternate(spectra, budget):
             slicing = better
     return min(
         plans,
-        key=lambda p: (worst_error(spectra, p), -total_size(spectra, p)),
+        key=lambda p: (worst_error(spectra, p), -total_cost(spectra, p)),
     )
 
 
@@ -281,19 +314,30 @@ def _tables(spectrum):
     return {count: spectrum.errors(count) for count in spectrum.values}
 
 
+def _sliced(spectrum, tables, slices, level):
+    """The smallest rank of a slicing, or where that is too slow of none."""
+    found = _fitting(spectrum, tables[slices], slices, level)
+    if found is LEAVE and slices > 1:
+        return _fitting(spectrum, tables[1], 1, level)
+    return found
+
+
 def _fitting(spectrum, errors, slices, level):
     """The smallest rank of a slicing whose error is at most `1 - level`."""
     # Errors fall with the rank.
     rank = len(errors) - np.searchsorted(errors[::-1], 1 - level, "right") + 1
-    return spectrum.choice(min(rank, len(errors)), slices)
+    full = spectrum.values[slices].shape[-1]
+    if rank > len(errors) < full:  # not at a rank that is fast enough
+        return LEAVE
+    return spectrum.choice(min(rank, full), slices)
 
 
 def _best_slicing(spectrum, tables, choice, slices):
     if choice.rank is None:
         return slices
-    size, best = spectrum.size(choice), (spectrum.error(choice), slices)
+    cost, best = spectrum.cost(choice), (spectrum.error(choice), slices)
     for count, errors in tables.items():
-        rank = min(size // spectrum.per_rank[count], len(errors))
+        rank = min(spectrum.within(cost, count), len(errors))
         if rank:
             best = min(best, (float(errors[rank - 1]), count))
     return best[1]

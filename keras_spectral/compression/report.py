@@ -37,6 +37,8 @@ class CompressedLayer:
         bound: What `max_error` limits: a bound of the same by the spectral
             norm, for all the rank and for X' = X. Where kernels are sliced
             it has the factor sqrt(slices) and can be above 1.
+        milliseconds: How long the layer takes in inference on one batch,
+            before and after; None where nothing was timed.
     """
 
     path: str
@@ -48,6 +50,7 @@ class CompressedLayer:
     flops: tuple[int, int]
     error: float
     bound: float
+    milliseconds: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +63,29 @@ class CompressionReport:
         seconds: How long it took.
         measure: What the layers' `error` is of: `"kernels"`, or with
             calibration `"outputs"`.
+        latencies: Milliseconds of all that was timed, for `latencies` of
+            another call on this machine.
     """
 
     layers: tuple[CompressedLayer, ...]
     weights: tuple[int, int]
     seconds: float
     measure: str = "kernels"
+    latencies: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def flops(self) -> tuple[int, int]:
         """Sums over the layers."""
         before, after = zip(*(layer.flops for layer in self.layers))
+        return sum(before), sum(after)
+
+    @property
+    def milliseconds(self) -> tuple[float, float] | None:
+        """Sums over the layers, None where nothing was timed."""
+        times = [layer.milliseconds for layer in self.layers]
+        if None in times:
+            return None
+        before, after = zip(*times)
         return sum(before), sum(after)
 
     def __repr__(self) -> str:
@@ -82,44 +97,44 @@ class CompressionReport:
         )
 
     def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(
-            title=f"{_percent(self.weights)} fewer weights, "
+        times = self.milliseconds
+        saved = [
+            f"{_percent(self.weights)} fewer weights",
             f"{_percent(self.flops)} fewer FLOPs",
+        ]
+        if times is not None:
+            saved.append(f"{_percent(times)} less time")
+        table = rich.table.Table(
+            title=", ".join(saved),
             caption="before > after; k 10^3, M 10^6, G 10^9, T 10^12; "
             f"rel. error: of the {self.measure}, by the Frobenius norm; of "
             "the whole model the largest",
         )
         table.add_column("layer", overflow="fold", ratio=1)
-        for name in (
-            "matrix",
-            "rank",
-            "slices",
-            "weights",
-            "FLOPs",
-            "rel. error",
-        ):
+        names = ["matrix", "rank", "slices", "weights", "FLOPs"]
+        names += ["ms"] * (times is not None)
+        for name in (*names, "rel. error"):
             table.add_column(name, justify="right", no_wrap=True)
+
+        def add(name, matrix, rank, slices, row, error):
+            cells = [_change(row.weights), _change(row.flops)]
+            if times is not None:
+                cells.append(_change(row.milliseconds))
+            table.add_row(name, matrix, rank, slices, *cells, f"{error:.3f}")
+
         for layer in self.layers:
             kept = layer.rank is None
-            table.add_row(
+            add(
                 layer.path,
                 "{} x {}".format(*layer.shape),
                 "full" if kept else str(layer.rank),
                 "" if kept else str(layer.slices),
-                _change(layer.weights),
-                _change(layer.flops),
-                f"{layer.error:.3f}",
+                layer,
+                layer.error,
             )
         table.add_section()
-        table.add_row(
-            "whole model",
-            "",
-            "",
-            "",
-            _change(self.weights),
-            _change(self.flops),
-            f"{max(layer.error for layer in self.layers):.3f}",
-        )
+        worst = max(layer.error for layer in self.layers)
+        add("whole model", "", "", "", self, worst)
         return table
 
 

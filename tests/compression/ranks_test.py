@@ -9,7 +9,7 @@ from keras_spectral.compression.ranks import RULES
 from keras_spectral.compression.ranks import Choice
 from keras_spectral.compression.ranks import Spectrum
 from keras_spectral.compression.ranks import allocate
-from keras_spectral.compression.ranks import total_size
+from keras_spectral.compression.ranks import total_cost
 from keras_spectral.compression.ranks import worst_error
 
 pytestmark = pytest.mark.once
@@ -23,7 +23,9 @@ def _spectrum(seed, n_in=24, n_out=16, slicings=(1, 2, 4)):
         for n in slicings
     }
     per_rank = {n: n_in + n * n_out for n in slicings}
-    return Spectrum(values, n_in * n_out, per_rank)
+    losses = {1: 1.0, 4: 0.3, 10: 0.02}
+    weights = n_in * n_out
+    return Spectrum(values, weights, per_rank, losses=losses)
 
 
 def _all_choices(spectrum):
@@ -92,7 +94,7 @@ def test_budgets_are_met_and_used(method, share):
     spectra = [_spectrum(i) for i in range(5)]
     budget = int(share * 5 * 384)
     choices = allocate(spectra, method, budget)
-    size = total_size(spectra, choices)
+    size = total_cost(spectra, choices)
     # ALDS moves in steps of whole slicings.
     assert budget - 5 * 120 < size <= budget
 
@@ -105,7 +107,7 @@ def test_max_error_is_kept(method):
     )
     assert worst_error(spectra, loose) <= 0.5
     assert worst_error(spectra, tight) <= 0.2
-    assert total_size(spectra, loose) < total_size(spectra, tight)
+    assert total_cost(spectra, loose) < total_cost(spectra, tight)
 
 
 def test_alds_finds_the_smallest_largest_error():
@@ -115,10 +117,10 @@ def test_alds_finds_the_smallest_largest_error():
         best = min(
             worst_error(spectra, pair)
             for pair in itertools.product(*map(_all_choices, spectra))
-            if total_size(spectra, pair) <= budget
+            if total_cost(spectra, pair) <= budget
         )
         found = allocate(spectra, "alds", budget)
-        assert total_size(spectra, found) <= budget
+        assert total_cost(spectra, found) <= budget
         assert worst_error(spectra, found) == pytest.approx(best)
 
 
@@ -128,7 +130,7 @@ def test_rules_on_a_spectrum_made_by_hand():
     rank = {
         (name, level): RULES[name](spectrum, level).rank
         for name in ("energy", "global", "uniform", "alds")
-        for level in (0.0, 0.5, 0.76, 1.0)
+        for level in (0.0, 0.03, 0.5, 0.76, 1.0)
     }
     # Squares 16, 4, 1, 1 of 22: shares 0.73, 0.91, 0.95, 1.
     assert [rank["energy", x] for x in (0.0, 0.5, 0.76, 1.0)] == [1, 1, 2, 4]
@@ -136,7 +138,38 @@ def test_rules_on_a_spectrum_made_by_hand():
     assert [rank["global", x] for x in (0.0, 0.5, 0.76, 1.0)] == [1, 1, 4, 4]
     # Errors of ranks 1 to 4: 0.5, 0.25, 0.25, 0, at most 1 - level.
     assert [rank["alds", x] for x in (0.0, 0.5, 0.76, 1.0)] == [1, 1, 4, 4]
-    assert [rank["uniform", x] for x in (0.0, 0.5)] == [1, 50]
+    assert [rank["uniform", x] for x in (0.0, 0.03, 0.5)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_what_is_saved_may_be_anything(method):
+    """Time that jumps between ranks, and rises by more for slices."""
+    spectra = []
+    for seed in range(4):
+        plain = _spectrum(seed)
+        costs = {
+            n: n * np.ceil(np.arange(1, values.shape[1] + 1) / 4)
+            for n, values in plain.values.items()
+        }
+        spectra.append(dataclasses.replace(plain, costs=costs, whole=3.5))
+    choices = allocate(spectra, method, 9.0, unit="ms")
+    assert total_cost(spectra, choices) <= 9
+    assert total_cost(spectra, [LEAVE] * 4) == 14
+    for spectrum, choice in zip(spectra, choices):
+        assert choice is LEAVE or spectrum.cost(choice) < 3.5
+    with pytest.raises(ValueError, match="4 ms are left, and 3.5 were"):
+        allocate(spectra, method, 3.5, unit="ms")
+
+
+def test_slices_beyond_their_limit_are_left_out():
+    spectra = [
+        dataclasses.replace(_spectrum(i), limits={1: None, 2: 2, 4: 1})
+        for i in range(4)
+    ]
+    for budget in (300, 600, 900, 1200):
+        for choice in allocate(spectra, "alds", budget):
+            if choice is not LEAVE and choice.slices > 1:
+                assert choice.rank <= {2: 2, 4: 1}[choice.slices]
 
 
 def test_an_unreachable_budget():
