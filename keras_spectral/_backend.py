@@ -284,3 +284,44 @@ def inference_of(layer: keras.layers.Layer, inputs) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return run
+
+
+def solve_positive(matrix, right):
+    """`matrix^-1 right` where the symmetric part of matrices is positive.
+
+    Not by LAPACK on JAX: on machines of few cores its batched calls in one
+    compiled step wait for each other for ever.
+    """
+    if keras.backend.backend() != "jax":
+        return keras.ops.solve(matrix, right)
+    return keras.ops.matmul(_jax_inverse()(matrix), right)
+
+
+@functools.cache
+def _jax_inverse():
+    """Gauss-Jordan elimination, which needs no pivots here, and one step of
+    Newton's method for what rounding took."""
+    import jax
+    import jax.numpy as jnp
+
+    def eliminate(k, matrix):
+        unit = jax.nn.one_hot(k, matrix.shape[-1], dtype=matrix.dtype)
+        row, column = unit @ matrix, matrix @ unit
+        scaled = (row + unit) / (row @ unit)[..., None]
+        return matrix - (column - unit)[..., :, None] * scaled[..., None, :]
+
+    @jax.custom_vjp
+    def inverse(matrix):
+        found = jax.lax.fori_loop(0, matrix.shape[-1], eliminate, matrix)
+        return found + found @ (jnp.eye(matrix.shape[-1]) - matrix @ found)
+
+    def forward(matrix):
+        found = inverse(matrix)
+        return found, found
+
+    def backward(found, gradient):
+        turned = jnp.swapaxes(found, -1, -2)
+        return (-turned @ gradient @ turned,)
+
+    inverse.defvjp(forward, backward)
+    return inverse

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_spectral._backend import solve_positive
 from keras_spectral._internal.linalg import cayley
 from keras_spectral._internal.linalg import randomized_svd
 from keras_spectral._internal.linalg import truncated_svd
@@ -126,4 +127,19 @@ def test_cayley_is_a_rotation_even_of_large_angles(size):
 def test_cayley_of_zero_is_exactly_one():
     np.testing.assert_array_equal(
         ops.convert_to_numpy(cayley(np.zeros((3, 3), "float32"))), np.eye(3)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 32])
+def test_many_systems_in_one_step(size):
+    rng = np.random.default_rng(0)
+    skew = rng.normal(size=(3, 7, size, size)).astype("float32")
+    matrix = np.eye(size) + 2 * (skew - np.swapaxes(skew, -1, -2))
+    right = rng.normal(size=(3, 7, size, 4)).astype("float32")
+    got = solve_positive(
+        ops.convert_to_tensor(matrix, "float32"), ops.convert_to_tensor(right)
+    )
+    wanted = np.linalg.solve(matrix, right)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(got), wanted, atol=1e-5, rtol=1e-4
     )

@@ -3,6 +3,8 @@
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import solve_positive
+
 _TINY = 1e-7  # beside 1, hardly more than float32's rounding
 
 
@@ -152,7 +154,7 @@ def cayley(matrix):
     matrix = ops.convert_to_tensor(matrix)
     skew = (matrix - _transpose(matrix)) / 2
     eye = ops.eye(matrix.shape[-1], dtype=skew.dtype)
-    return ops.solve(eye + skew, ops.broadcast_to(eye, skew.shape) - skew)
+    return solve_positive(eye + skew, ops.broadcast_to(eye, skew.shape) - skew)
 
 
 def _at_least_float32(matrix):

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_spectral._backend import solve_positive
 from keras_spectral._internal.checks import check_flag
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.low_rank_pair import LowRankAdapter
@@ -83,7 +84,7 @@ class LoRAFADense(LowRankAdapter):
         if not self.project:
             return a, b
         gram = ops.matmul(ops.transpose(a), a) + _RIDGE * ops.eye(self.rank)
-        correction = ops.linalg.inv(gram * ops.square(self.adapter_scale))
+        gram = gram * ops.square(self.adapter_scale)
         # B to the last bit, with another gradient.
         still = ops.stop_gradient(ops.convert_to_tensor(b))
-        return a, still + ops.matmul(correction, b - still)
+        return a, still + solve_positive(gram, b - still)
