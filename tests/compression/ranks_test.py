@@ -23,9 +23,8 @@ def _spectrum(seed, n_in=24, n_out=16, slicings=(1, 2, 4)):
         for n in slicings
     }
     per_rank = {n: n_in + n * n_out for n in slicings}
-    losses = {1: 1.0, 4: 0.3, 10: 0.02}
-    weights = n_in * n_out
-    return Spectrum(values, weights, per_rank, losses=losses)
+    losses = {2: 0.3 * (seed + 1), 6: 0.04 * (seed + 1)}
+    return Spectrum(values, n_in * n_out, per_rank, losses=losses)
 
 
 def _all_choices(spectrum):
@@ -170,6 +169,37 @@ def test_slices_beyond_their_limit_are_left_out():
         for choice in allocate(spectra, "alds", budget):
             if choice is not LEAVE and choice.slices > 1:
                 assert choice.rank <= {2: 2, 4: 1}[choice.slices]
+
+
+def test_losses_between_measured_ranks():
+    values = {1: np.array([[4.0, 2.0, 1.0, 1.0]])}
+    spectrum = Spectrum(values, 1000, {1: 10}, losses={1: 0.6, 3: 0.1})
+    # Squares dropped: 6, 2, 1, 0 of 22; prices 2.2, their mean, 2.2.
+    np.testing.assert_allclose(spectrum.loss(), np.array([6, 2, 1, 0]) / 10)
+    spectrum = Spectrum(values, 1000, {1: 10}, losses={1: 0.6, 3: 0.2})
+    expected = [0.6, 3.3 * 2 / 22, 0.2, 0]
+    np.testing.assert_allclose(spectrum.loss(), expected)
+
+
+def test_weights_go_where_they_lower_the_loss_most():
+    """The least sum of losses within the budget, of all pairs of ranks."""
+    spectra = [_spectrum(i, 12, 12, (1,)) for i in (0, 3)]
+    spectra = [
+        dataclasses.replace(s, losses={2: share, 4: share / 4})
+        for s, share in zip(spectra, (1.0, 0.05))
+    ]
+
+    def loss(pair):
+        rows = zip(spectra, pair)
+        return sum(s.loss()[c.rank - 1] for s, c in rows if c.rank)
+
+    for budget in (150, 200):
+        found = allocate(spectra, "sensitivity", budget)
+        pairs = itertools.product(*map(_all_choices, spectra))
+        same = total_cost(spectra, found)
+        best = min(loss(p) for p in pairs if total_cost(spectra, p) <= same)
+        assert loss(found) == pytest.approx(best)
+        assert spectra[0].size(found[0]) > spectra[1].size(found[1])
 
 
 def test_an_unreachable_budget():
