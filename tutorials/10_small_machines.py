@@ -138,7 +138,7 @@ console.print(table)
 
 # The library's own scan, one layer at a time, says the same.
 scan = ks.sensitivity_scan(model, (test_x, data.test_y), shares)
-for name, kernel in kernels.items():
+for name in kernels:
     found = list(scan[name].values())
     assert np.allclose(found, curves[name], atol=0.02), name
 half = list(shares).index(0.5)
