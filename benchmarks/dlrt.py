@@ -25,7 +25,8 @@ def train(model: keras.Model, data: tuple, args, momentum: float) -> float:
     x, y, *_ = data
     steps = args.epochs * -(-len(x) // args.batch)
     rate = keras.optimizers.schedules.CosineDecay(args.rate, steps)
-    model.compile(keras.optimizers.SGD(rate, momentum), LOSS, ["accuracy"])
+    sgd = keras.optimizers.SGD(rate, momentum)
+    model.compile(sgd, LOSS, metrics=["accuracy"])
     start = time.monotonic()
     model.fit(x, y, args.batch, args.epochs, verbose=args.verbose)
     return (time.monotonic() - start) / args.epochs

@@ -224,8 +224,8 @@ def _rebuilt(model, cuts):
 
 
 def _is_mask(constraint):
-    kind = constraint.get("class_name") if constraint else None
-    return kind == KeepZeros.__name__
+    known = isinstance(constraint, dict)
+    return known and constraint.get("class_name") == KeepZeros.__name__
 
 
 def _copy_weights(old, new, cuts):

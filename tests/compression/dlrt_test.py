@@ -215,3 +215,30 @@ def test_refusals():
     trainer.compile(scaled, "mse")
     with pytest.raises(ValueError, match="LossScaleOptimizer"):
         trainer.fit(*_data())
+
+
+@pytest.mark.once
+def test_inside_of_keras_hub(tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=6,
+    )
+    model = keras_hub.models.BertTextClassifier(backbone, 2, preprocessor=None)
+    trainer = ks.dlrt(model, 2, 0.1, target="all-linear")
+    trainer.compile(keras.optimizers.SGD(0.1), "mse")
+    ids = np.ones((4, 6), "int32")
+    inputs = {"token_ids": ids, "segment_ids": 0 * ids, "padding_mask": ids}
+    trainer.fit(inputs, np.ones((4, 2)), verbose=0)
+    expected = trainer.predict(inputs, verbose=0)
+    small = ks.finalize_dlrt(trainer)
+    assert small.count_params() < model.count_params()
+    small.save(tmp_path / "small.keras")
+    again = keras.saving.load_model(tmp_path / "small.keras", compile=False)
+    for found in (small, again):
+        got = found.predict(inputs, verbose=0)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
