@@ -2,7 +2,9 @@
 
 Usage: python benchmarks/compress.py accuracy --data DIR --depth 20
        python benchmarks/compress.py recover --data DIR --depth 20
+       python benchmarks/compress.py times --data DIR --depth 20
        python benchmarks/compress.py speed
+"alds" takes slices where they are fast, as by default, "alds-any" any number.
 Each prints a table on stderr and JSON lines on stdout. Choose the backend by
 KERAS_BACKEND.
 """
@@ -23,7 +25,8 @@ from keras_spectral.course.resnet import data_folder
 from keras_spectral.course.resnet import load_resnet
 from keras_spectral.course.resnet import read_images
 
-METHODS = ("uniform", "energy", "global", "alds")
+METHODS = ("uniform", "energy", "global", "alds", "alds-any")
+MOST_SLICES = 64
 QUIET = Console(quiet=True)
 SHOW = Console(stderr=True)
 
@@ -47,6 +50,13 @@ def accuracy_of(model: keras.Model, test: tuple) -> float:
     return float(model.evaluate(*test, batch_size=500, verbose=0)[1])
 
 
+def compressed(model: keras.Model, ratio: float, method: str, **options):
+    name, _, every = method.partition("-")
+    if every:
+        options["max_slices"] = MOST_SLICES
+    return ks.compress_model(model, ratio, method=name, **options)
+
+
 def accuracy(args) -> None:
     """Test accuracy after compression alone."""
     folder = data_folder(args.data)
@@ -62,7 +72,7 @@ def accuracy(args) -> None:
         cells = []
         for method in args.methods:
             start = time.perf_counter()
-            small = ks.compress_model(model, ratio, method=method)
+            small = compressed(model, ratio, method)
             seconds = time.perf_counter() - start
             report = ks.compression_report(small, QUIET)
             found = accuracy_of(small, test)
@@ -96,7 +106,7 @@ def recover(args) -> None:
         keras.utils.set_random_seed(args.seed)
         model = load_resnet(args.depth, folder)
         if name != "none":
-            model = ks.compress_model(model, args.ratios[0], method=name)
+            model = compressed(model, args.ratios[0], name)
         before = accuracy_of(model, test)
         schedule = keras.optimizers.schedules.CosineDecay(args.lr, steps)
         trained = model
@@ -125,6 +135,45 @@ def recover(args) -> None:
             lr=args.lr,
             seconds=round(time.perf_counter() - start, 1),
         )
+
+
+def times(args) -> None:
+    """CPU time of 256 images and accuracy, whole and compressed, in turn."""
+    folder = data_folder(args.data)
+    test = read_images(folder, "test", np.arange(args.test_examples))
+    images = test[0][:256]
+    data = read_images(folder, "train", np.arange(512))[0]
+    models = {"whole": load_resnet(args.depth, folder)}
+    options = {
+        "alds, calibrated": {"method": "alds", "calibration": data},
+        "energy, calibrated": {"method": "energy", "calibration": data},
+        "a fifth of the time": {"method": "energy", "measure": "latency"},
+        **{name: {"method": name} for name in args.methods},
+    }
+    for name, own in options.items():
+        own = {"batch_size": 64, **own}
+        ratio = 0.2 if "measure" in own else args.ratios[0]
+        models[name] = compressed(models["whole"], ratio, **own)
+    rounds: dict[str, list] = {name: [] for name in models}
+    for _ in track(range(args.repeats + 1), "rounds", console=SHOW):
+        for name, model in models.items():
+            start = time.process_time()
+            model.predict_on_batch(images)
+            rounds[name].append(time.process_time() - start)
+    table = Table(title=f"ResNet{args.depth}, {args.ratios[0]:.0%} removed")
+    for heading in ("method", "CPU ms", "to whole", "weights", "accuracy"):
+        table.add_column(heading, justify="right")
+    for name, model in models.items():
+        pairs = list(zip(rounds[name], rounds["whole"]))[1:]
+        row = {
+            "ms": round(1e3 * statistics.median(a for a, _ in pairs), 1),
+            "ratio": round(statistics.median(a / b for a, b in pairs), 3),
+            "weights": model.count_params(),
+            "accuracy": accuracy_of(model, test),
+        }
+        emit(depth=args.depth, removed=args.ratios[0], method=name, **row)
+        table.add_row(name, *(f"{value:,.4g}" for value in row.values()))
+    SHOW.print(table)
 
 
 def speed(args) -> None:
@@ -167,7 +216,7 @@ def speed(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("what", choices=("accuracy", "recover", "speed"))
+    add("what", choices=("accuracy", "recover", "times", "speed"))
     add("--data", help="folder that holds vision/ and weights/")
     add("--depth", type=int, choices=(20, 32, 56), default=20)
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -185,7 +234,8 @@ def main() -> None:
         args.ratios = [0.1, 0.25, 0.5, 0.75]
         if args.what != "accuracy":
             args.ratios = [0.5]
-    {"accuracy": accuracy, "recover": recover, "speed": speed}[args.what](args)
+    runs = {"accuracy": accuracy, "recover": recover}
+    {**runs, "times": times, "speed": speed}[args.what](args)
 
 
 if __name__ == "__main__":
