@@ -285,9 +285,8 @@ def test_inside_of_keras_hub(tmp_path):
 
     expected = zeros(small)
     assert sum(expected) == (5 * 64 + 2 * 128) // 2
-    small.save(tmp_path / "small.keras")
-    again = keras.saving.load_model(tmp_path / "small.keras", compile=False)
-    ks.keep_zeros(again, "all-linear")
-    again.compile("adam", small.loss)
-    again.fit(inputs, np.array([0, 1, 0, 1]), verbose=0)
-    assert zeros(again) == expected
+    small.save_weights(tmp_path / "small.weights.h5")
+    model.load_weights(tmp_path / "small.weights.h5")
+    ks.keep_zeros(model, "all-linear")
+    model.fit(inputs, np.array([0, 1, 0, 1]), verbose=0)
+    assert zeros(model) == expected
