@@ -263,7 +263,7 @@ def test_adapters_are_refused():
 
 
 @pytest.mark.once
-def test_inside_of_keras_hub(tmp_path):
+def test_inside_of_keras_hub():
     keras_hub = pytest.importorskip("keras_hub")
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=20,
@@ -285,8 +285,7 @@ def test_inside_of_keras_hub(tmp_path):
 
     expected = zeros(small)
     assert sum(expected) == (5 * 64 + 2 * 128) // 2
-    small.save_weights(tmp_path / "small.weights.h5")
-    model.load_weights(tmp_path / "small.weights.h5")
+    model.set_weights(small.get_weights())
     ks.keep_zeros(model, "all-linear")
     model.fit(inputs, np.array([0, 1, 0, 1]), verbose=0)
     assert zeros(model) == expected
