@@ -263,7 +263,7 @@ def test_adapters_are_refused():
 
 
 @pytest.mark.once
-def test_inside_of_keras_hub(tmp_path):
+def test_inside_of_keras_hub():
     keras_hub = pytest.importorskip("keras_hub")
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=20,
@@ -285,9 +285,7 @@ def test_inside_of_keras_hub(tmp_path):
 
     expected = zeros(small)
     assert sum(expected) == (5 * 64 + 2 * 128) // 2
-    small.save(tmp_path / "small.keras")
-    again = keras.saving.load_model(tmp_path / "small.keras", compile=False)
-    ks.keep_zeros(again, "all-linear")
-    again.compile("adam", small.loss)
-    again.fit(inputs, np.array([0, 1, 0, 1]), verbose=0)
-    assert zeros(again) == expected
+    model.set_weights(small.get_weights())  # without masks
+    ks.keep_zeros(model, "all-linear")
+    model.fit(inputs, np.array([0, 1, 0, 1]), verbose=0)
+    assert zeros(model) == expected
