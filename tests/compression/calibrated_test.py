@@ -365,7 +365,7 @@ def test_sensitivity_keeps_rank_where_outputs_hang_on_it():
     options = {"ratio": 0.6, "calibration": X}
     small = ks.compress_model(model, method="sensitivity", **options)
     ranks = {row.path: row.rank or 32 for row in _report(small)}
-    assert ranks["loud"] > 2 * ranks["quiet"]
+    assert ranks["loud"] > ranks["quiet"] + 2
     for old, new in zip(before, model.weights):
         np.testing.assert_array_equal(old, new.numpy())
     other = ks.compress_model(model, method="uniform", **options)
