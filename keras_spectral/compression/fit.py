@@ -28,8 +28,8 @@ class Fit:
 
     Where the pair gets other inputs X', they are those of C, and K* stands
     for K: the regression of `(X + X') K / 2` on X', `K* = C^-1 (X'^T X +
-    X'^T X') K / (2 count)`. The regression of `X K` alone mends more of each
-    layer and harms deep models: what X' does not tell of X it flattens.
+    X'^T X') K / (2 count)`. Of MiniLM with 40 % of its weights that keeps
+    more than to regress `X K` or `X' K` does.
 
     Attributes:
         view: The view of the layer.
