@@ -136,12 +136,12 @@ def compress_model(
             several outputs of a kernel share a number of it, and layers
             without one get none.
         sequential: Whether layers are fitted one after the other, in the
-            order in which they run, to `||X K - X' A B||` with the inputs X'
-            that the layers compressed before give. Ranks are those of X. It
-            runs the model twice over the data once for each group of layers
-            that have one input, up to these; or once alone, if all data are
-            one batch (see `batch_size`). Layers that a batch meets several
-            times are fitted to X.
+            order in which they run, to `||(X + X') K / 2 - X' A B||` with the
+            inputs X' that the layers compressed before give. Ranks are those
+            of X. It runs the model on the data, twice over, once for each
+            group of layers that have one input, up to these; or once alone,
+            if all data are one batch (see `batch_size`). Layers that a batch
+            meets several times are fitted to X.
         batch_size: Of `calibration`, where it is arrays, and of the batch
             that layers are timed on.
         unknown_size: What the sizes count as for the time that a model leaves

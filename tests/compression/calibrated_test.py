@@ -96,7 +96,7 @@ def test_layer_after_layer_is_better_than_all_at_once(bias):
     small = ks.compress_model(model, sequential=True, **options)
     for old, new in zip(before, model.weights):
         np.testing.assert_array_equal(old, new.numpy())
-    assert _error(model, small) < 0.9 * _error(model, first)
+    assert _error(model, small) < 0.95 * _error(model, first)
     assert small.count_params() == first.count_params()
     whole = ks.compress_model(
         model, sequential=True, batch_size=len(X), **options
@@ -114,17 +114,15 @@ def test_layers_are_fitted_to_what_they_get():
     )
     before, after = np.float64(X), np.float64(X)
     for layer, pair in zip(model.layers, small.layers):
-        kernel, bias = (
-            np.float64(x.numpy()) for x in (layer.kernel, layer.bias)
-        )
-        wanted = before @ kernel
+        kernel = np.float64(layer.kernel.numpy())
+        wanted = before @ kernel + layer.bias.numpy()
         left = after - after.mean(axis=0)
-        centred = wanted - wanted.mean(axis=0)
-        best = np.linalg.lstsq(left, centred, rcond=None)[0]
+        between = (before - before.mean(axis=0) + left) / 2
+        best = np.linalg.lstsq(left, between @ kernel, rcond=None)[0]
         _, _, vt = np.linalg.svd(left @ best, full_matrices=False)
         v = vt[: pair.down.units].T
-        before = wanted + layer.bias.numpy()
-        after = left @ best @ v @ v.T + before.mean(axis=0)
+        after = left @ best @ v @ v.T + wanted.mean(axis=0)
+        before = wanted
     got = _out(small)
     scale = np.linalg.norm(before - before.mean(axis=0))
     # But for the damping.
@@ -365,7 +363,7 @@ def test_sensitivity_keeps_rank_where_outputs_hang_on_it():
     options = {"ratio": 0.6, "calibration": X}
     small = ks.compress_model(model, method="sensitivity", **options)
     ranks = {row.path: row.rank or 32 for row in _report(small)}
-    assert ranks["loud"] > 2 * ranks["quiet"]
+    assert ranks["loud"] > ranks["quiet"] + 2
     for old, new in zip(before, model.weights):
         np.testing.assert_array_equal(old, new.numpy())
     other = ks.compress_model(model, method="uniform", **options)
