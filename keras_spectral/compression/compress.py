@@ -255,7 +255,9 @@ def compress_model(
 
 def _slicings(view, method, measure, most, timer):
     """The numbers of slices to look at, each with its largest rank or None."""
-    known = view.slicings() if method == "alds" else [1]
+    if method != "alds":
+        return {1: None}
+    known = view.slicings()
     if most is None and measure == "weights":
         return fast_slicings(view, known, timer)
     return {n: None for n in known if most is None or n <= most}

@@ -67,13 +67,16 @@ class Spectrum:
         """The error a choice is judged by: the bound, or without its root."""
         if choice.rank is None:
             return 0.0
-        return float(self.errors(choice.slices)[choice.rank - 1])
+        return float(self._errors(choice.slices)[choice.rank - 1])
 
     def errors(self, slices: int) -> np.ndarray:
         """`error` of the ranks 1 to m, or to the limit."""
-        factor = math.sqrt(slices) if self.true_bound else 1.0
         limit = (self.limits or {}).get(slices)
-        return factor * self._beyond(slices)[:limit]
+        return self._errors(slices)[:limit]
+
+    def _errors(self, slices):
+        factor = math.sqrt(slices) if self.true_bound else 1.0
+        return factor * self._beyond(slices)
 
     def _beyond(self, slices):
         values = self.values[slices]

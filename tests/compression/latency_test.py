@@ -113,6 +113,23 @@ def test_layers_that_no_pair_makes_faster_stay(clock, monkeypatch):
     assert isinstance(small.get_layer("one"), LowRank)
 
 
+@pytest.mark.parametrize("method", ["uniform", "energy", "global", "alds"])
+def test_an_error_is_kept_where_pairs_are_slow(clock, monkeypatch, method):
+    fast = latency.milliseconds
+
+    def milliseconds(layer, shape):
+        pair = isinstance(layer, LowRank)
+        return (2 if pair else 1) * fast(layer, shape)
+
+    monkeypatch.setattr(latency, "milliseconds", milliseconds)
+    for goal in ({"max_error": 0.6}, {"ratio": 0.6}):
+        small = ks.compress_model(_model(), method=method, **goal)
+        rows = ks.compression_report(small, QUIET).layers
+        assert any(row.rank for row in rows)
+        if "max_error" in goal:
+            assert max(row.bound for row in rows) <= 0.6
+
+
 def test_slices_have_to_be_fast(clock):
     view = kernel_view(_model().layers[0])
     # A pair of rank r and n slices: r (144 + 16 n) weights, times n slices.
