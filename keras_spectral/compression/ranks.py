@@ -144,6 +144,8 @@ Rule = Callable[[Spectrum, float], Choice]
 
 def uniform(spectrum: Spectrum, level: float) -> Choice:
     """Keeps an equal share of each kernel's cost."""
+    if level >= 1:  # the largest pair may still be too far off
+        return LEAVE
     return spectrum.choice(spectrum.within(level * spectrum.cost(LEAVE)))
 
 

@@ -109,6 +109,16 @@ def test_max_error_is_kept(method):
     assert total_cost(spectra, loose) < total_cost(spectra, tight)
 
 
+@pytest.mark.parametrize("method", RULES)
+def test_what_no_pair_is_near_enough_to_stays_whole(method):
+    """Flat spectra: pairs that save anything drop a value of full size."""
+    values = {1: np.ones((1, 16))}
+    losses = {1: 0.9, 4: 0.7}
+    spectra = [Spectrum(values, 384, {1: 40}, losses=losses)] * 3
+    choices = allocate(spectra, method, max_error=0.5)
+    assert choices == [LEAVE] * 3
+
+
 def test_alds_finds_the_smallest_largest_error():
     """Every combination of two layers, tried one by one."""
     spectra = [_spectrum(i, 12, 12, (1, 2, 3)) for i in (1, 2)]
