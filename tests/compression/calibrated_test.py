@@ -160,10 +160,12 @@ def _attending(mask=False):
     x = keras.Input((6, 16), name="x")
     inputs = {"x": x}
     outputs = x
-    if mask:
-        inputs["padding_mask"] = keras.Input((6,), name="padding_mask")
     for i in range(2):
         outputs = _Block(name=f"block_{i}")(outputs)
+    if mask:
+        inputs["padding_mask"] = keras.Input((6,), name="padding_mask")
+        column = keras.layers.Reshape((6, 1))(inputs["padding_mask"])
+        outputs = keras.layers.Multiply()([outputs, column])
     return keras.Model(inputs, outputs)
 
 
