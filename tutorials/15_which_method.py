@@ -21,7 +21,7 @@
 # - which differences are real and which are the seed's,
 # - which method to start with, and when another one is worth it.
 #
-# About five minutes on a laptop. The backend is changed in one line.
+# About ten minutes on a laptop. The backend is changed in one line.
 
 # %%
 import os
@@ -230,7 +230,9 @@ if not course.FAST:
 # standard error under the table. Another seed would shuffle most of that order:
 # exercise 1. What is no chance: all of them train a six-hundredth of the
 # weights and come close to training everything, the head alone does not, and
-# the blocks cannot be merged.
+# the blocks cannot be merged. Do not trust the times of one run: this page was
+# built on a busy machine, on which some methods had to wait.
+# `benchmarks/README.md` has steps that were timed in turn.
 #
 # ## The picture
 
