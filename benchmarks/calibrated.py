@@ -63,7 +63,8 @@ class MiniLM:
         tokenizer = keras_hub.models.BertTokenizer.from_preset(
             folder, strip_accents=True
         )
-        texts = read(args.data, "mrpc", "train")[0][: args.rows + 256]
+        count = args.rows + min(args.tests, 256)
+        texts = read(args.data, "mrpc", "train")[0][:count]
         found = encode(tokenizer, texts, [""] * len(texts), args.length)
         self.calibration = {k: x[: args.rows] for k, x in found.items()}
         self.tests = {k: x[args.rows :] for k, x in found.items()}
