@@ -93,7 +93,9 @@ def milliseconds(layer: keras.layers.Layer, shape: tuple[int, ...]) -> float:
 
 
 def _shape(view):
-    return tuple(view.layer.get_build_config()["input_shape"])
+    shape = tuple(view.layer.get_build_config()["input_shape"])
+    # Some layers are built by hand for their last dimension alone.
+    return (None, *shape) if len(shape) == 1 and shape[0] else shape
 
 
 def _key(view, shape, *pair):

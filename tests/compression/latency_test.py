@@ -48,6 +48,10 @@ def test_layers_take_time():
     view = kernel_view(_model().layers[0])
     timer = Timer(4)
     assert timer.whole(view) > 0 and timer.pair(view, 2, 4) > 0
+    dense = keras.layers.Dense(8)
+    dense.build((16,))
+    view = kernel_view(dense)
+    assert timer.whole(view) > 0 and timer.pair(view, 2) > 0
     embedding = keras.layers.Embedding(20, 8)
     embedding.build((None, 3))
     view = kernel_view(embedding)
