@@ -140,38 +140,17 @@ def gradient_function(loss: Callable, variables: list[keras.Variable]):
         gradient = jax.grad(of)
         return lambda *args: gradient([v.value for v in variables], *args)
     values = [v.value for v in variables]
-    if backend == "tensorflow":
-        import tensorflow as tf
 
-        # In a graph: grouped convolutions have no gradient outside of one.
-        @tf.function(autograph=False)
-        def compute(*args):
-            with tf.GradientTape() as tape:
-                tape.watch(values)
-                total = loss(*args)
-            zero = tf.UnconnectedGradients.ZERO
-            found = tape.gradient(total, values, unconnected_gradients=zero)
-            return [tf.convert_to_tensor(x) for x in found]
+    def compute(*args):
+        along = _of_tensorflow if backend == "tensorflow" else _of_torch
+        return along(lambda: (loss(*args), None), values)[2]
 
+    if backend == "torch":
         return compute
-    return functools.partial(_torch_gradients, loss, values)
+    import tensorflow as tf
 
-
-def _torch_gradients(loss, values, *args):
-    import torch
-
-    flags = [value.requires_grad for value in values]
-    try:
-        for value in values:
-            value.requires_grad_(True)
-        with torch.enable_grad():
-            found = torch.autograd.grad(
-                loss(*args), values, allow_unused=True, materialize_grads=True
-            )
-    finally:
-        for value, flag in zip(values, flags):
-            value.requires_grad_(flag)
-    return list(found)
+    # In a graph: grouped convolutions have no gradient outside of one.
+    return tf.function(compute, autograph=False)
 
 
 def value_and_gradients(
@@ -192,16 +171,22 @@ def value_and_gradients(
     backend = keras.backend.backend()
     if backend == "jax":
         return _of_jax(function, variables, others)
-    values = [v.value for v in variables]
-    if backend == "tensorflow":
-        import tensorflow as tf
+    along = _of_tensorflow if backend == "tensorflow" else _of_torch
+    return along(function, [v.value for v in variables])
 
-        with tf.GradientTape() as tape:
-            tape.watch(values)
-            loss, rest = function()
-        zero = tf.UnconnectedGradients.ZERO
-        found = tape.gradient(loss, values, unconnected_gradients=zero)
-        return loss, rest, [tf.convert_to_tensor(x) for x in found]
+
+def _of_tensorflow(function, values):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        loss, rest = function()
+    zero = tf.UnconnectedGradients.ZERO
+    found = tape.gradient(loss, values, unconnected_gradients=zero)
+    return loss, rest, [tf.convert_to_tensor(x) for x in found]
+
+
+def _of_torch(function, values):
     import torch
 
     flags = [value.requires_grad for value in values]
@@ -216,7 +201,9 @@ def value_and_gradients(
     finally:
         for value, flag in zip(values, flags):
             value.requires_grad_(flag)
-    rest = keras.tree.map_structure(lambda x: x.detach(), rest)
+    rest = keras.tree.map_structure(
+        lambda x: None if x is None else x.detach(), rest
+    )
     return loss.detach(), rest, list(found)
 
 

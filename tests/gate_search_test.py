@@ -268,7 +268,7 @@ def test_tuning_by_a_metric_that_is_nan(monkeypatch):
     pytest.importorskip("optuna")
     model, data = _compiled()
     monkeypatch.setattr(
-        "keras_spectral.search.gates.evaluate", lambda *_: {"mae": float("nan")}
+        "keras_spectral.search.gates.metric_of", lambda *_: float("nan")
     )
     with pytest.raises(ValueError, match="'mae' was NaN in each of 2 trials"):
         ks.tune_gates(model, data, data, "mae", trials=2, **PARTS)

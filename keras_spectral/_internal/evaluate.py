@@ -24,6 +24,21 @@ def evaluate(model: keras.Model, data: Any) -> dict[str, float]:
     return model.evaluate(**named, verbose=0, return_dict=True)
 
 
+def metric_of(model: keras.Model, data: Any, metric: str) -> float:
+    """One of the results of `evaluate`.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    results = evaluate(model, data)
+    if metric not in results:
+        raise ValueError(
+            f"Received metric={metric!r}; `model.evaluate` gives "
+            f"{sorted(results)}. Expected one of these."
+        )
+    return float(results[metric])
+
+
 def batches(data: Any, batch_size: int = 32) -> Iterator[tuple]:
     """Batches `(x, y, sample_weight)` of data in any form, in their order.
 

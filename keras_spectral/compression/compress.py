@@ -1,6 +1,5 @@
 """A smaller copy of a model: every kernel as a pair of thin ones."""
 
-import re
 import time
 from typing import Any
 
@@ -22,6 +21,8 @@ from keras_spectral.compression.costs import with_costs
 from keras_spectral.compression.latency import Timer
 from keras_spectral.compression.losses import with_losses
 from keras_spectral.compression.pairs import fitted_pair
+from keras_spectral.compression.recovery import prepare_recovery
+from keras_spectral.compression.recovery import spare
 from keras_spectral.compression.report import CompressedLayer
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import keep_report
@@ -34,11 +35,7 @@ from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.model.calibrate import Calibration
 from keras_spectral.model.counting import count_weights
-from keras_spectral.model.kept import kept_places
-from keras_spectral.model.paths import places
 from keras_spectral.model.select import Target
-from keras_spectral.model.training import set_flags
-from keras_spectral.model.wrap import wrap_model
 
 
 def compress_model(
@@ -217,7 +214,7 @@ def compress_model(
         budget = (1 - ratio) * sum(s.cost(ranks.LEAVE) for s in spectra)
     choices = ranks.allocate(spectra, method, budget, max_error, UNITS[measure])
     spared = recover_rank if recover == "lora" else 0
-    left = [_spare(choice, spared) for choice in choices]
+    left = [spare(choice, spared) for choice in choices]
     plan = {
         fit.view.layer: (fit, choice)
         for fit, choice in zip(fits, left)
@@ -236,7 +233,7 @@ def compress_model(
             for fit, choice in zip(fits, choices)
             if choice.rank is not None
         }
-        _prepare_recovery(small, whole, recover, spared)
+        prepare_recovery(small, whole, recover, spared)
     errors = [pairs[v.layer].error if v.layer in pairs else 0.0 for v in views]
     timed = timer if measure == "latency" or latencies is not None else None
     rows = [
@@ -292,13 +289,6 @@ def _pairs(plan):
     return pairs
 
 
-def _spare(choice, spared):
-    """A choice with so much less rank, but at least 1."""
-    if choice.rank is None:
-        return choice
-    return ranks.Choice(max(1, choice.rank - spared), choice.slices)
-
-
 def _check_count(small, before, spectra, choices):
     """Raises unless a model has as many weights as its layers say."""
     saved = sum(
@@ -312,24 +302,6 @@ def _check_count(small, before, spectra, choices):
             "alone hold, in a model that its `.keras` file restores: leave "
             "out with `exclude` what is shared or held by something else."
         )
-
-
-def _prepare_recovery(small, plan, recover, spared):
-    """Freezes all but what is to restore what was lost."""
-    found = places(small)
-    if recover == "train":
-        halves = [half for layer in plan for half in (layer.down, layer.up)]
-        heads = [p.layer for p in kept_places(small, found, None)]
-        set_flags(small, [*plan, *halves, *heads])
-        return
-    ranks_left = {
-        re.escape(p.path): {"rank": min(spared, plan[p.layer].rank - 1)}
-        for p in found
-        if p.layer in plan and plan[p.layer].rank > 1
-    }
-    if ranks_left:
-        names = list(ranks_left)
-        wrap_model(small, "lora", target=names, overrides=ranks_left)
 
 
 def _row(place, view, spectrum, choice, error, timer):

@@ -54,7 +54,8 @@ def dlrt(
     optimizer steps everything else (biases, norms, other kernels) in the
     second pass; clipping, decay and momenta are for these alone. Statistics
     of batch norms are updated in both passes, and kernels' regularizers do
-    not count.
+    not count. Layers that are frozen in the model keep the kernels that they
+    start with.
 
     Source: Schotthoefer et al. 2022, arXiv 2205.13571.
 
@@ -169,7 +170,7 @@ class DLRT(keras.Model):
         return on_state(lambda: self._step(*data), groups, args[0])
 
     def _step(self, x, y=None, sample_weight=None):
-        layers = self.factorised()
+        layers = [x for x in self.factorised() if x.layer.trainable]
         rate = self.optimizer.learning_rate if self.rate is None else self.rate
         probes = [v for x in layers for v in (x.k_step, x.l_step)]
         loss, y_pred, found = self._pass(x, y, sample_weight, probes, True)
@@ -240,7 +241,7 @@ def finalize_dlrt(model: DLRT) -> keras.Model:
         put(inner, {x: x.layer for x in layers}, snapshot)
         for layer in layers:
             (a, b), view = layer.pair(), layer.view
-            view.variable().trainable = True
+            view.variable().trainable = layer.layer.trainable
             if view.pair_weights(a.shape[1]) < view.num_weights:
                 swaps[layer.layer] = low_rank_layer(view, a[None], b[None])
                 swaps[layer.layer].trainable = layer.layer.trainable

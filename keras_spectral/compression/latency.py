@@ -42,10 +42,9 @@ class Timer:
 
     def pair(self, view: KernelView, rank: int, slices: int = 1) -> float:
         """Milliseconds of a pair of layers in its place."""
-        rows, columns = view.parts(view.matrix(), slices).shape[-2:]
-        parts = max(slices, view.groups)
 
         def make():
+            parts, rows, columns = view.parts(view.matrix(), slices).shape
             zeros = (
                 np.zeros((parts, rows, rank)),
                 np.zeros((parts, rank, columns)),

@@ -135,7 +135,7 @@ def finalize_quantized(model: keras.Model) -> keras.Model:
             layer.view.variable().assign(layer.quantized_kernel())
         put(model, {layer: layer.layer for layer in found}, snapshot)
         for layer in found:
-            layer.view.variable().trainable = True
+            layer.view.variable().trainable = layer.layer.trainable
     return model
 
 

@@ -84,9 +84,10 @@ class LearnedRank(Scheme):
         cost = view.pair_weights(1)
         if self.cost == "flops":
             cost *= view.positions(view.input_shape())
-        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-        rank = best_rank(s, self.alpha * cost, mu, self.normalize, self.least)
-        return (u[:, :rank] * s[:rank]) @ vt[:rank]
+        cost *= self.alpha
+        return _truncated(
+            matrix, lambda s: best_rank(s, cost, mu, self.normalize, self.least)
+        )
 
 
 class FixedRank(Scheme):
@@ -102,9 +103,7 @@ class FixedRank(Scheme):
         self.fixed = check_rank(rank)
 
     def project(self, matrix, mu, view):
-        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-        r = self.fixed
-        return (u[:, :r] * s[:r]) @ vt[:r]
+        return _truncated(matrix, lambda s: self.fixed)
 
 
 class Magnitude(Scheme):
@@ -221,6 +220,13 @@ def check_scheme(scheme, name: str) -> Scheme:
             "ks.schemes.LearnedRank(1e-6)."
         )
     return scheme
+
+
+def _truncated(matrix, choose):
+    """The nearest matrix of the rank that its singular values decide."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    rank = choose(s)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
 
 def best_rank(

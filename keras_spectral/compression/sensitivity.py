@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._internal.checks import check_number
-from keras_spectral._internal.evaluate import evaluate
+from keras_spectral._internal.evaluate import metric_of
 from keras_spectral.compression.choice import kernel_places
 from keras_spectral.compression.own_numbers import assign_numbers
 from keras_spectral.compression.own_numbers import own_numbers
@@ -76,22 +76,12 @@ def sensitivity_scan(
                 for share in shares:
                     mask = largest_mask(kernel, share)
                     assign_numbers(view, np.where(mask, kernel, 0))
-                    value = _value(model, dataset, metric)
+                    value = metric_of(model, dataset, metric)
                     found[place.path][share] = value
             finally:
                 view.variable().assign(before)
             progress.advance(1)
     return found
-
-
-def _value(model, dataset, metric):
-    results = evaluate(model, dataset)
-    if metric not in results:
-        raise ValueError(
-            f"Received metric={metric!r}; `model.evaluate` gives "
-            f"{sorted(results)}. Expected one of these."
-        )
-    return float(results[metric])
 
 
 def _checked_shares(shares):

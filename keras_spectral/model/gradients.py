@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_spectral._backend import gradient_function
 from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.compiling import check_compiled
 from keras_spectral._internal.evaluate import batches
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral.kernels import kernel_view
@@ -78,16 +79,6 @@ def kernel_gradients(
         path: ops.convert_to_numpy(ops.cast(view.to_matrix(g), "float32"))
         for (path, view), g in zip(views.items(), found)
     }
-
-
-def check_compiled(model: keras.Model) -> None:
-    """Raises a ValueError unless a model has a loss."""
-    if not getattr(model, "compiled", False):
-        raise ValueError(
-            f"Model '{model.name}' is not compiled. Expected "
-            "`model.compile(optimizer, loss)` first: gradients are those of "
-            "its loss."
-        )
 
 
 def loss_gradients(model: keras.Model, variables: list[keras.Variable]):

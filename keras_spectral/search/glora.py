@@ -14,7 +14,7 @@ from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_seed
 from keras_spectral._internal.checks import check_whole
 from keras_spectral._internal.evaluate import check_data
-from keras_spectral._internal.evaluate import evaluate
+from keras_spectral._internal.evaluate import metric_of
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers import GLoRADense
 from keras_spectral.layers.glora_path import KINDS
@@ -123,7 +123,7 @@ def search_glora(
                     ]
                 for path in space.new(makers, scored):
                     space.use(path)
-                    value = sign * _value(model, dataset, metric)
+                    value = sign * metric_of(model, dataset, metric)
                     scored[path] = math.inf if math.isnan(value) else value
                     progress.advance(1)
         found = min(scored, key=scored.__getitem__)
@@ -287,13 +287,3 @@ def _path_size(adapter, parts) -> int:
     """How many numbers of a path an adapter trains."""
     shapes = shapes_of(parts, adapter.rank, adapter.view)
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _value(model, dataset, metric) -> float:
-    results = evaluate(model, dataset)
-    if metric not in results:
-        raise ValueError(
-            f"Received metric={metric!r}; `model.evaluate` gives "
-            f"{sorted(results)}. Expected one of these."
-        )
-    return float(results[metric])

@@ -9,11 +9,11 @@ from keras import ops
 
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_model
+from keras_spectral._internal.compiling import check_compiled
 from keras_spectral._internal.evaluate import batches
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral._internal.layer_tools import learned_variables
 from keras_spectral.kernels.spectra import LateProgress
-from keras_spectral.model.gradients import check_compiled
 from keras_spectral.model.gradients import loss_gradients
 from keras_spectral.model.paths import places
 

@@ -9,7 +9,7 @@ import keras
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_number
-from keras_spectral._internal.evaluate import evaluate
+from keras_spectral._internal.evaluate import metric_of
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers import DyLoRADense
 from keras_spectral.model.hosts import adapter_places
@@ -117,13 +117,7 @@ def _truncate(chosen, ranks, rank):
 def _value(model, dataset, metric):
     if callable(metric):
         return _checked(float(metric(model, dataset)), metric)
-    results = evaluate(model, dataset)
-    if metric not in results:
-        raise ValueError(
-            f"Received metric={metric!r}; `model.evaluate` gives "
-            f"{sorted(results)}. Expected one of these, or a function."
-        )
-    return _checked(float(results[metric]), metric)
+    return _checked(metric_of(model, dataset, metric), metric)
 
 
 def _checked(value, metric):

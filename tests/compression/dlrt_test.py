@@ -242,3 +242,27 @@ def test_inside_of_keras_hub(tmp_path):
     for found in (small, again):
         got = found.predict(inputs, verbose=0)
         np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("theta", [None, 0.1])
+def test_frozen_layers_rest(theta):
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(8, name=name) for name in ("one", "two")]
+    model = keras.Sequential([keras.Input((8,)), *layers])
+    model.layers[0].trainable = False
+    trainer = ks.dlrt(model, 4, theta)
+    trainer.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
+
+    def kernels():
+        return [np.matmul(*layer.pair()) for layer in trainer.factorised()]
+
+    before = kernels()
+    trainer.fit(x, x, epochs=2, verbose=0)
+    after = kernels()
+    np.testing.assert_array_equal(after[0], before[0])
+    assert np.abs(after[1] - before[1]).max() > 1e-3
+    small = ks.finalize_dlrt(trainer)
+    flags = [layer.trainable for layer in small.layers]
+    assert flags == [False, True]
+    assert all(not v.trainable for v in small.layers[0].variables)

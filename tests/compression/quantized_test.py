@@ -167,3 +167,14 @@ def test_the_model_given_stays_as_it_is():
 def test_bad_options(call, match):
     with pytest.raises(ValueError, match=match):
         call(_model())
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("make", [ks.cluster_weights, ks.fake_quantize])
+def test_frozen_layers_stay_frozen(make):
+    layers = [keras.layers.Dense(4, name=name) for name in ("one", "two")]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.layers[0].trainable = False
+    plain = ks.finalize_quantized(make(model, 3))
+    flags = [[v.trainable for v in x.variables] for x in plain.layers]
+    assert flags == [[False, False], [True, True]]
