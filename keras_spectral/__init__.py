@@ -18,13 +18,16 @@ from keras_spectral.compression import dlrt
 from keras_spectral.compression import fake_quantize
 from keras_spectral.compression import finalize_dlrt
 from keras_spectral.compression import finalize_quantized
+from keras_spectral.compression import finalize_ranks
 from keras_spectral.compression import finalize_transfer
 from keras_spectral.compression import keep_zeros
 from keras_spectral.compression import learn_compression
+from keras_spectral.compression import nest_ranks
 from keras_spectral.compression import prune_model
 from keras_spectral.compression import schemes
 from keras_spectral.compression import search_rank
 from keras_spectral.compression import sensitivity_scan
+from keras_spectral.compression import set_rank
 from keras_spectral.exchange import load_keras_lora
 from keras_spectral.exchange import load_peft
 from keras_spectral.exchange import save_peft
@@ -145,6 +148,7 @@ __all__ = [
     "finalize_dlrt",
     "finalize_glora",
     "finalize_quantized",
+    "finalize_ranks",
     "finalize_transfer",
     "freeze_gates",
     "fuse_adapters",
@@ -159,6 +163,7 @@ __all__ = [
     "merged",
     "methods",
     "mixed_batch",
+    "nest_ranks",
     "optimizers",
     "plots",
     "prune_model",
@@ -173,6 +178,7 @@ __all__ = [
     "search_rank",
     "sensitivity_scan",
     "set_adapters",
+    "set_rank",
     "to_lora",
     "tune_gates",
     "unwrap_model",

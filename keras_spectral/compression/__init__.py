@@ -7,6 +7,9 @@ from keras_spectral.compression.dlrt import dlrt
 from keras_spectral.compression.dlrt import finalize_dlrt
 from keras_spectral.compression.learn import learn_compression
 from keras_spectral.compression.masks import keep_zeros
+from keras_spectral.compression.nested import finalize_ranks
+from keras_spectral.compression.nested import nest_ranks
+from keras_spectral.compression.nested import set_rank
 from keras_spectral.compression.prune import prune_model
 from keras_spectral.compression.quantized import cluster_weights
 from keras_spectral.compression.quantized import fake_quantize
@@ -29,11 +32,14 @@ __all__ = [
     "fake_quantize",
     "finalize_dlrt",
     "finalize_quantized",
+    "finalize_ranks",
     "finalize_transfer",
     "keep_zeros",
     "learn_compression",
+    "nest_ranks",
     "prune_model",
     "schemes",
     "search_rank",
     "sensitivity_scan",
+    "set_rank",
 ]

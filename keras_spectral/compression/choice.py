@@ -6,7 +6,7 @@ from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
-from keras_spectral.model.hosts import adapter_places
+from keras_spectral.model.hosts import require_plain
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import describe
 from keras_spectral.model.paths import places
@@ -89,11 +89,7 @@ def _plain_places(model):
             f"Received {model!r}. Expected a built Keras model: call it on a "
             "batch or use `build(input_shape)` first."
         )
-    if adapter_places(model):
-        raise ValueError(
-            f"Model '{model.name}' has adapters. Expected a plain one: merge "
-            "or unwrap it first."
-        )
+    require_plain(model)
     return places(model)
 
 

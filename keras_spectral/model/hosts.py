@@ -86,6 +86,15 @@ def require_adapters(
     return adapters
 
 
+def require_plain(model: keras.Model) -> None:
+    """Raises a ValueError if a model has adapters."""
+    if hosts(model):
+        raise ValueError(
+            f"Model '{model.name}' has adapters. Expected a plain one: merge "
+            "or unwrap it first."
+        )
+
+
 def names_in(model: keras.Model) -> list[str]:
     """The names of the adapters, in the order of the layers."""
     return list(dict.fromkeys(m.adapter_name for m in members(model)))

@@ -14,7 +14,7 @@ from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers.lora import LoRADense
-from keras_spectral.model.hosts import hosts
+from keras_spectral.model.hosts import require_plain
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject
 from keras_spectral.model.select import select
@@ -74,11 +74,7 @@ def quantize_with_lora(
     check_choice(mode, "mode", ("int8", "int4"))
     check_rank(rank)
     check_whole(rounds, "rounds", 1)
-    if hosts(model):
-        raise ValueError(
-            f"Model '{model.name}' has adapters. Expected a plain one: unwrap "
-            "or merge it first."
-        )
+    require_plain(model)
     chosen = select(model, places(model), target, exclude, LoRADense)
     views = {p.path: kernel_view(subject(p.layer)) for p in chosen}
     for path, view in views.items():

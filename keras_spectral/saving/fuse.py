@@ -17,6 +17,7 @@ from keras_spectral.layers import SpectralDense
 from keras_spectral.model.contexts import merged
 from keras_spectral.model.hosts import adapter_places
 from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.hosts import require_plain
 from keras_spectral.model.merge import unwrap_model
 from keras_spectral.model.paths import places
 from keras_spectral.saving.adapter_file import load_adapters
@@ -75,11 +76,7 @@ def fuse_adapters(
     check_model(model)
     check_choice(method, "method", ("columns", "average"))
     weights = _check_weights(files, weights)
-    if adapter_places(model):
-        raise ValueError(
-            f"Model '{model.name}' has adapters. Expected the plain base: "
-            "unwrap or merge it first."
-        )
+    require_plain(model)
     contents = [_read(file) for file in files]
     heads = [metadata["trainable"] for _, metadata in contents]
     for file, (_, metadata), names in zip(files, contents, heads):

@@ -21,6 +21,7 @@ from keras_spectral.model.convert import drop
 from keras_spectral.model.convert import exchange
 from keras_spectral.model.hosts import adapter_places
 from keras_spectral.model.hosts import require_adapters
+from keras_spectral.model.hosts import require_plain
 from keras_spectral.model.merge import unwrap_model
 from keras_spectral.model.wrap import wrap_model
 
@@ -191,11 +192,7 @@ def _active_places(model):
 def check_ready(model: keras.Model) -> None:
     """Raises a ValueError unless the model is plain and compiled."""
     check_model(model)
-    if adapter_places(model):
-        raise ValueError(
-            f"Model '{model.name}' has adapters. Expected a plain one: unwrap "
-            "or merge it first."
-        )
+    require_plain(model)
     if not getattr(model, "compiled", False):
         raise ValueError(
             f"Model '{model.name}' is not compiled. Expected "

@@ -29,21 +29,18 @@ def _model(size=8):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Times by a formula, and what was timed: 1 ms for 1,000 weights, and
-    as much for each slice."""
-    timed = []
+    """What was timed, by the formula of all tests."""
+    timed, formula = [], latency.milliseconds
 
     def milliseconds(layer, shape):
         timed.append((layer, shape))
-        ms = layer.count_params() / 1000
-        pair = isinstance(layer, LowRank)
-        groups = getattr(layer.down, "groups", 1) if pair else 1
-        return ms * groups
+        return formula(layer, shape)
 
     monkeypatch.setattr(latency, "milliseconds", milliseconds)
     return timed
 
 
+@pytest.mark.timed
 def test_layers_take_time():
     view = kernel_view(_model().layers[0])
     timer = Timer(4)
@@ -56,6 +53,18 @@ def test_layers_take_time():
     embedding.build((None, 3))
     view = kernel_view(embedding)
     assert timer.whole(view) > 0 and timer.pair(view, 2) > 0
+
+
+@pytest.mark.timed
+def test_models_take_time():
+    layers = [keras.layers.Dense(768, name="wide"), keras.layers.Dense(4)]
+    model = keras.Sequential([keras.Input((768,)), *layers])
+    options = {"measure": "latency", "batch_size": 512}
+    small = ks.compress_model(model, 0.3, method="energy", **options)
+    assert isinstance(small.get_layer("wide"), LowRank)
+    report = ks.compression_report(small, QUIET)
+    assert 0 < report.milliseconds[1] <= 0.7 * report.milliseconds[0]
+    assert all(0 < ms < 10_000 for ms in report.latencies.values())
 
 
 def test_equal_layers_are_timed_once(clock):
