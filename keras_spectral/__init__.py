@@ -4,6 +4,7 @@ from keras_spectral import blocks
 from keras_spectral import callbacks
 from keras_spectral import optimizers
 from keras_spectral import plots
+from keras_spectral._internal.layouts import adapter_layout
 from keras_spectral.backbones import SoftPrompt
 from keras_spectral.blocks import RED
 from keras_spectral.blocks import BottleneckAdapter
@@ -127,6 +128,7 @@ __all__ = [
     "TunedNorm",
     "UniPELTBlock",
     "VeRADense",
+    "adapter_layout",
     "adapter_names",
     "adapter_summary",
     "adapters_alone",

@@ -51,6 +51,23 @@ def scope_of(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
     return strategy.scope()
 
 
+def number_in(variable) -> float | int:
+    """The number in a scalar variable, of one replica where there are more."""
+    return keras.ops.convert_to_numpy(variable).item()
+
+
+def over_replicas(tensors: list) -> list:
+    """Sums over the replicas of a TensorFlow strategy; else as they are."""
+    if keras.backend.backend() != "tensorflow":
+        return tensors
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return tensors
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, list(tensors))
+
+
 def is_off(strength: keras.Variable) -> bool:
     """Whether a strength is 0, where Python can know without a wait.
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 
 import keras
 
+from keras_spectral._backend import number_in
+from keras_spectral._backend import over_replicas
+
 _PLAIN = (bool, int, float, str, types.FunctionType)
 # What `after_update` puts over an optimizer's methods.
 _WATCHED = ("_backend_update_step", "save_own_variables", "load_own_variables")
@@ -86,7 +89,7 @@ def after_update(
 
     def update(grads, trainable_variables, learning_rate):
         plain(grads, trainable_variables, learning_rate)
-        function(grads, trainable_variables)
+        function(over_replicas(grads), trainable_variables)
 
     def alone(method):
         def call(store):
@@ -175,7 +178,7 @@ def _carry(old, fresh, replaced):
         fresh._exclude_from_weight_decay_cache = {}
     if hasattr(old, "dynamic_scale"):
         # Its scale begins there as soon as it is built.
-        fresh.initial_scale = float(old.dynamic_scale)
+        fresh.initial_scale = number_in(old.dynamic_scale)
     for name, value in vars(old).items():
         given = name not in vars(fresh) and not name.startswith("_")
         if given and name not in _WATCHED and isinstance(value, _PLAIN):

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import number_in
+from keras_spectral._backend import over_replicas
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_number
@@ -283,13 +285,15 @@ class UniPELTBlock(BlockAdapter):
 
     def _record(self, gates, training):
         on = ops.not_equal(self.adapter_strength, 0)
-        mean = ops.mean(gates, axis=0)
-        last = ops.stack([mean, ops.std(gates, axis=0)])
+        sums = [ops.sum(gates, axis=0), ops.sum(ops.square(gates), axis=0)]
+        examples = ops.cast(ops.shape(gates)[0], "float32")
+        sums, examples = over_replicas([ops.stack(sums), examples])
+        mean = sums[0] / examples
+        (spread,) = over_replicas([ops.sum(ops.square(gates - mean), axis=0)])
+        last = ops.stack([mean, ops.sqrt(spread / examples)])
         before = ops.convert_to_tensor(self.last_gates)
         self.last_gates.assign(ops.where(on, last, before))
-        sums = [ops.sum(gates, axis=0), ops.sum(ops.square(gates), axis=0)]
-        self.gate_sums.assign_add(ops.where(on, ops.stack(sums), 0.0))
-        examples = ops.cast(ops.shape(gates)[0], "float32")
+        self.gate_sums.assign_add(ops.where(on, sums, 0.0))
         self.gate_examples.assign_add(ops.where(on, examples, 0.0))
         if training:
             low = ops.cast(mean < LOW_GATE, "float32")
@@ -303,7 +307,7 @@ class UniPELTBlock(BlockAdapter):
 
     def gate_statistics(self) -> dict[str, tuple[float, float]]:
         """Mean and deviation of each gate since `reset_gates`."""
-        count = max(float(self.gate_examples), 1.0)
+        count = max(number_in(self.gate_examples), 1.0)
         means, squares = ops.convert_to_numpy(self.gate_sums) / count
         deviations = (squares - means**2).clip(0) ** 0.5
         pairs = zip(means.tolist(), deviations.tolist())

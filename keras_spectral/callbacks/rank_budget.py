@@ -5,6 +5,8 @@ import warnings
 
 import keras
 
+from keras_spectral._backend import number_in
+from keras_spectral._backend import scope_of
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_number
@@ -148,11 +150,12 @@ class RankBudget(keras.callbacks.Callback):
             )
         reached = [adapter.progress() for adapter in adapters]
         self._take_off()  # what an interrupted training has left
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
-        allocation = RankAllocation(
-            optimizer, adapters, schedule, self.criterion, *self.betas
-        )
+        with scope_of(self.model):
+            if not self.model.optimizer.built:
+                self.model.optimizer.build(self.model.trainable_variables)
+            allocation = RankAllocation(
+                optimizer, adapters, schedule, self.criterion, *self.betas
+            )
         if _goes_on(reached, schedule):
             for adapter, state in zip(adapters, reached):
                 allocation.take(adapter, state)
@@ -175,7 +178,7 @@ class RankBudget(keras.callbacks.Callback):
             logs |= {f"rank/{path}": n for path, n in self.ranks[-1].items()}
 
     def on_train_end(self, logs=None):
-        steps = int(self.allocation.step)
+        steps = number_in(self.allocation.step)
         schedule = self.allocation.schedule
         self._take_off()
         for adapter in self.allocation.adapters:

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral._backend import on_state
 from keras_spectral._backend import value_and_gradients
 from keras_spectral._backend import without_gradients
@@ -154,7 +155,7 @@ class DLRT(keras.Model):
 
     def ranks(self) -> dict[str, int]:
         """The rank of each of them now, by name."""
-        return {x.name: int(x.rank) for x in self.factorised()}
+        return {x.name: number_in(x.rank) for x in self.factorised()}
 
     def train_step(self, *args):
         data = keras.utils.unpack_x_y_sample_weight(args[-1])

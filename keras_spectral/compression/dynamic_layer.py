@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.linalg import truncated_svd
 from keras_spectral.compression.integrator import grown_basis
@@ -122,7 +123,7 @@ class DynamicLowRank(keras.layers.Wrapper):
     def pair(self):
         """The kernel as numpy arrays A (n_in x r) and B (r x n_out)."""
         u, s, v = map(ops.convert_to_numpy, (self.u, self.s, self.v))
-        r = int(self.rank)
+        r = number_in(self.rank)
         return u[:, :r] @ s[:r, :r], v[:, :r].T
 
     def get_config(self):

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral.compression.pairs import low_rank_layer
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
@@ -87,8 +88,8 @@ def _check_finished(adapter):
         raise ValueError(
             f"The original of layer '{adapter.name}' has not faded yet: its "
             f"factor is {adapter.decay_factor():.3g} at step "
-            f"{int(adapter.step)} of {adapter.end_step}. Train on, or choose "
-            "a smaller `end_step`."
+            f"{number_in(adapter.step)} of {adapter.end_step}. Train on, or "
+            "choose a smaller `end_step`."
         )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral.exchange.names import Part
 from keras_spectral.layers import AdapterLayer
@@ -58,7 +59,9 @@ def pair_of(
         rank: What larger ones are truncated to; None allows no truncation.
     """
     plain = isinstance(adapter, LoRADense | ConvLoRA) and adapter.is_low_rank
-    as_made = is_close(float(adapter.adapter_scale), adapter.initial_scale())
+    as_made = is_close(
+        number_in(adapter.adapter_scale), adapter.initial_scale()
+    )
     if isinstance(adapter, DoRADense):
         return _dora_pair(adapter, rank), 0.0
     if plain and adapter.pair.start_a is None and as_made:

@@ -179,6 +179,10 @@ class ConvView(KernelView):
             return row
         return ops.reshape(row, (-1, *[1] * (len(outputs.shape) - 2)))
 
+    @property
+    def row_axes(self):
+        return tuple(range(len(self.variable().shape) - 1))
+
     # Of 1x1 kernels alone: in others an input meets a row for each offset.
     spread_inputs = spread
 
@@ -249,6 +253,7 @@ class ConvTransposeView(ConvView):
 
     columns_are_outputs = False
     rows_are_inputs = True
+    row_axes = (-1,)
 
     def down(self, inputs, a):
         if self.layer.data_format == "channels_last":

@@ -75,6 +75,10 @@ class EinsumDenseView(KernelView):
         return ops.cast(self._along(source, row, rows), inputs.dtype)
 
     @property
+    def row_axes(self):
+        return tuple(self._order[: len(self._in_shape)])
+
+    @property
     def pointwise(self):
         source, target, rows, _ = self._letters
         kept = set(source) - set(rows)

@@ -8,6 +8,7 @@ from keras_spectral._internal.checks import check_layer
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_seed
+from keras_spectral._internal.layouts import replicate
 from keras_spectral._internal.twin import twin
 from keras_spectral.kernels.view import KernelView
 
@@ -86,6 +87,13 @@ class LowRank(keras.layers.Layer):
             self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, input_shape):
+        for half in (self.down, self.up):
+            # A rule for the whole layer's kernel fits its path as well.
+            axes = 2 + len(getattr(half, "kernel_size", ()))
+            if isinstance(half, keras.layers.EinsumDense):
+                axes = len(half.equation.split(",")[1].split("->")[0].strip())
+            for name in ("kernel", "pointwise_kernel", "embeddings"):
+                replicate(f"{self.path}/{half.name}/{name}", axes)
         if not self.down.built:
             self.down.build(input_shape)
         if not self.up.built:

@@ -28,6 +28,8 @@ class KernelView(Replaceable):
             layer's outputs, so that a factor of the one is a factor of the
             other.
         rows_are_inputs: Whether each row of `K` takes one of its inputs.
+        row_axes: The axes of the kernel's own shape that its rows are made
+            of, in their order.
         pointwise: Whether the layer is `flat(inputs) K`, row by row, so that
             a matrix can be applied to its inputs in place of `K`.
     """
@@ -37,6 +39,7 @@ class KernelView(Replaceable):
     columns_are_outputs = True
     rows_are_inputs = True
     pointwise = False
+    row_axes: tuple[int, ...] = (0,)
 
     def __init__(self, layer):
         self.layer = layer

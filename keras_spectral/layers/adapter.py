@@ -5,6 +5,7 @@ import inspect
 import keras
 
 from keras_spectral._internal.checks import check_layer
+from keras_spectral._internal.layouts import lay_out
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.member import Member
 
@@ -112,10 +113,12 @@ class AdapterLayer(Member, Host):
     def check_view(self):
         """Raises a ValueError unless the method can use `self.view`."""
 
-    def add_weight(self, *args, **kwargs):
+    def add_weight(self, shape=None, *args, name=None, **kwargs):
         """Adapter weights are float32 and stay so in `call`."""
-        wide = {"dtype": "float32", "autocast": False}
-        return super().add_weight(*args, **{**wide, **kwargs})
+        path, shape = f"{self.path}/{name}", tuple(shape or ())
+        lay_out(path, shape, self.view, self.layer)
+        options = {"dtype": "float32", "autocast": False, **kwargs}
+        return super().add_weight(shape, *args, name=name, **options)
 
     def build_adapter(self):
         """Creates the method's weights; `self.view` knows the shapes."""

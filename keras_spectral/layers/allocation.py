@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral.layers.budgeted import Budgeted
 from keras_spectral.layers.importance import BAYESIAN
 from keras_spectral.layers.importance import sensitivity
@@ -148,7 +149,7 @@ class RankAllocation:
         """Where it stands: the step, and what belongs to one layer."""
         kept = ops.convert_to_numpy(self.kept)
         part = self._parts()[self.adapters.index(adapter)]
-        state = {"step": np.int32(self.step), "kept": kept[part]}
+        state = {"step": np.int32(number_in(self.step)), "kept": kept[part]}
         for name, variable in self._named(adapter).items():
             state[name] = ops.convert_to_numpy(variable)
         return state

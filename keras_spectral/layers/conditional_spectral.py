@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
+from keras_spectral._backend import over_replicas
 from keras_spectral._internal.checks import check_alpha
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_number
@@ -219,15 +220,18 @@ class ConditionalSpectralDense(Sharing, KernelAdapter):
 
     def _count(self, gates):
         on = ops.not_equal(self.adapter_strength, 0)
-        gates = ops.where(on, gates, 0.0)
-        self.open_counts.assign_add(ops.sum(gates, axis=0))
         examples = ops.cast(ops.shape(gates)[0], "float32")
+        opened, examples = over_replicas([ops.sum(gates, axis=0), examples])
+        self.open_counts.assign_add(ops.where(on, opened, 0.0))
         self.example_count.assign_add(ops.where(on, examples, 0.0))
 
     def mean_gates(self):
         """Share of examples that opened each gate since `reset_gates`."""
-        count = ops.convert_to_tensor(self.example_count)
-        return self.open_counts / ops.maximum(count, 1.0)
+        opened, count = (
+            ops.convert_to_numpy(x)
+            for x in (self.open_counts, self.example_count)
+        )
+        return opened / max(count, 1.0)
 
     def active_gates(self) -> float:
         """Mean number of open gates an example since `reset_gates`."""

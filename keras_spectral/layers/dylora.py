@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import is_training
+from keras_spectral._backend import number_in
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_seed
@@ -107,7 +108,7 @@ class DyLoRADense(LowRankAdapter):
 
     def active_rank(self) -> int:
         """The rank in use."""
-        return int(self.active)
+        return number_in(self.active)
 
     def _draw(self):
         """The pairs of this training step, from a rank drawn for it."""

@@ -7,6 +7,7 @@ from keras_spectral._internal.checks import is_small
 from keras_spectral._internal.layer_tools import set_trainable
 from keras_spectral._internal.layer_tools import take_signature
 from keras_spectral._internal.layer_tools import takes_training
+from keras_spectral._internal.layouts import lay_out_like
 from keras_spectral._internal.twin import twin
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.member import Member
@@ -47,6 +48,7 @@ class NamedCopy(Member, keras.layers.Layer):
 
     def _copy(self, variable, trains):
         dtype = keras.backend.standardize_dtype(variable.dtype)
+        lay_out_like(f"{self.path}/{variable.name}", variable)
         return self.add_weight(
             name=variable.name,
             shape=variable.shape,

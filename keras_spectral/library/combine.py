@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
@@ -205,7 +206,7 @@ def _thin(member, method):
             "needs. Expected a method that ends in 'svd'."
         )
     a, b = map(ops.convert_to_numpy, member.factors())
-    return a, b, float(member.adapter_scale)
+    return a, b, number_in(member.adapter_scale)
 
 
 def _rank(member, view):

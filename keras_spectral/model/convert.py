@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral._internal.snapshot import all_or_nothing
@@ -108,7 +109,7 @@ def freeze_gates(model: keras.Model, dataset: Any) -> keras.Model:
     for adapter in old:
         adapter.reset_gates()
     model.predict(dataset, verbose=0)
-    unseen = [a.name for a in old if not float(a.example_count)]
+    unseen = [a.name for a in old if not number_in(a.example_count)]
     if unseen:
         raise ValueError(
             f"No example of the dataset reached the layers {unseen[:4]}. "
@@ -174,7 +175,7 @@ def compact_ranks(model: keras.Model) -> dict[str, int]:
             return old.with_directions(on)
         rank = len(on)
         new = LoRADense(
-            old.layer, rank=rank, alpha=float(old.adapter_scale) * rank
+            old.layer, rank=rank, alpha=number_in(old.adapter_scale) * rank
         )
 
         def fill():

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import number_in
 from keras_spectral._internal.checks import check_whole
 from keras_spectral._internal.optimizers import innermost
 from keras_spectral.optimizers.ivon import IVON
@@ -60,7 +61,7 @@ def predict_mean(
     """
     optimizer = ivon_of(model)
     # JAX builds optimizers also where nothing is trained.
-    if not optimizer.built or not int(optimizer.iterations):
+    if not optimizer.built or not number_in(optimizer.iterations):
         raise ValueError(
             f"The IVON of model '{model.name}' has trained none of its weights "
             "yet (layers that are exchanged, as by `compact_ranks`, begin "

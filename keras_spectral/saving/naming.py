@@ -5,6 +5,7 @@ import math
 
 import keras
 
+from keras_spectral._backend import number_in
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.member import Member
@@ -44,7 +45,7 @@ def adapter_entries(adapters: list[Place]) -> list[dict]:
         }
         if layer.shared is not None:
             entry["shared"] = numbers[id(layer.shared)]
-        scale = float(layer.adapter_scale)
+        scale = number_in(layer.adapter_scale)
         if not is_close(scale, layer.initial_scale()):
             entry["scale"] = scale
         entries.append(entry)

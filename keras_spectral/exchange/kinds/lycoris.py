@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from keras_spectral._backend import number_in
 from keras_spectral.exchange.folder import CONFIG
 from keras_spectral.exchange.kinds.kind import Kind
 from keras_spectral.exchange.kinds.kind import Tensor
@@ -160,6 +161,6 @@ def _is_wide(sides: tuple[int, ...]) -> bool:
 
 def _alpha(layer: Any) -> float:
     """The alpha that makes a layer's scale."""
-    scale = float(layer.adapter_scale)
+    scale = number_in(layer.adapter_scale)
     as_made = is_close(scale, layer.initial_scale())
     return layer.alpha if as_made else scale * layer.rank

@@ -1,0 +1,70 @@
+import keras
+import pytest
+
+import keras_spectral as ks
+from keras_spectral._internal.layouts import AdapterLayoutMap
+
+ON_JAX = keras.backend.backend() == "jax"
+
+
+def _rules(**given):
+    devices = ["cpu:0"]
+    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), devices)
+    rules = keras.distribution.LayoutMap(mesh)
+    for pattern, axes in given.items():
+        rules[pattern] = axes
+    return rules
+
+
+def _axes(rules, path):
+    layout = rules[path]
+    return None if layout is None else tuple(layout.axes)
+
+
+@pytest.mark.once
+def test_rules_are_kept():
+    rules = _rules(**{".*one/kernel": (None, "model")})
+    completed = ks.adapter_layout(rules)
+    assert completed is not rules and len(rules) == 1
+    assert isinstance(completed, AdapterLayoutMap)
+    assert completed.device_mesh is rules.device_mesh
+    assert _axes(completed, "one/kernel") == (None, "model")
+    assert completed["other"] is None
+    with pytest.raises(ValueError, match="Expected a `keras.distribution"):
+        ks.adapter_layout({".*": (None,)})
+
+
+@pytest.mark.skipif(not ON_JAX, reason="Keras distributes on JAX alone")
+@pytest.mark.parametrize(
+    "rules, a, b",
+    [
+        ({".*hidden/kernel": ("batch", "model")}, "batch", "model"),
+        # It fits the adapter as well, but was written for the kernel.
+        ({".*hidden.*": (None, "model")}, None, "model"),
+        (
+            {".*hidden/kernel": ("model", None), ".*lora_b": ("batch", None)},
+            0,
+            0,
+        ),
+        ({}, None, None),
+    ],
+)
+def test_pairs_follow_their_kernel(rules, a, b):
+    completed = ks.adapter_layout(_rules(**rules))
+    parallel = keras.distribution.ModelParallel(
+        layout_map=completed, batch_dim_name="batch"
+    )
+    keras.distribution.set_distribution(parallel)
+    try:
+        hidden = keras.layers.Dense(4, use_bias=False, name="hidden")
+        model = keras.Sequential([keras.Input((6,)), hidden])
+        ks.wrap_model(model, "lora", "hidden", rank=2)
+    finally:
+        keras.distribution.set_distribution(None)
+    layer = model.layers[0]
+    found = [tuple(w._layout.axes) for w in (layer.lora_a, layer.lora_b)]
+    if a == 0:  # the user's own rule for B
+        assert found == [("model", None), ("batch", None)]
+    else:
+        assert found == [(a, None), (None, b)]
+    assert tuple(layer.adapter_scale._layout.axes) == ()
