@@ -1,7 +1,9 @@
 """Adapters on several devices, by the engines that Keras runs on.
 
 Each engine has a process of its own, on virtual devices of the CPU, whatever
-the backend of the tests: they are `slow`, which PyTorch runs once.
+the backend of the tests: they are `slow`, which PyTorch runs once. Compiling
+takes its time, so they run a method of each kind; with EVERY_METHOD=1 in the
+environment all of them.
 """
 
 import json
@@ -16,25 +18,45 @@ import pytest
 from keras_spectral.layers.adapter import METHODS
 
 PROGRAM = pathlib.Path(__file__).with_name("on_devices.py")
+EXAMPLE = PROGRAM.parents[2] / "examples" / "distributed.py"
 pytestmark = pytest.mark.slow
 
 
-def _run(engine):
+# Of pairs, shared pairs, steps that count, draws, singular vectors, kernels
+# that are formed, factors of inputs, blocks, gates, and what follows steps.
+SOME = "lora vera decaying_lora dylora spectral loha ia3 prefix".split()
+SOME += ["conditional_spectral", "unipelt+gates", "adalora+budget", "lora+ivon"]
+
+
+def _run(engine, cases=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     done = subprocess.run(
-        [sys.executable, PROGRAM, engine],
+        [sys.executable, PROGRAM, engine, *cases],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def _run_cases(engine):
+    every = "EVERY_METHOD" in os.environ
+    found = _run(engine, [] if every else SOME)
+    methods = {case.partition("+")[0] for case in found}
+    if every:
+        assert methods == METHODS.keys() - {"lora_experts", "soft_prompt"}
+    else:
+        assert found.keys() == set(SOME)
+    return found
 
 
 def _check_alike(found, ways):
-    methods = {case.partition("+")[0] for case in found}
-    assert methods == METHODS.keys() - {"lora_experts", "soft_prompt"}
     for case, runs in found.items():
         for way in ways:
             assert runs[way].keys() == runs["one"].keys(), (case, way)
@@ -49,7 +71,7 @@ def _check_alike(found, ways):
 
 
 def test_jax_distributions():
-    found = _run("jax")
+    found = _run_cases("jax")
     _check_alike(found, ["data", "model"])
     for case, runs in found.items():
         _check_layouts(runs["layouts"], case)
@@ -92,10 +114,26 @@ def _expected(path):
 
 
 def test_tensorflow_mirrored_strategy():
-    _check_alike(_run("mirrored"), ["mirrored"])
+    _check_alike(_run_cases("mirrored"), ["mirrored"])
 
 
 def test_torch_data_parallel():
-    found = _run("ddp")
+    found = _run_cases("ddp")
     _check_alike(found, ["ddp"])
     assert all(runs["same"] for runs in found.values())
+
+
+@pytest.mark.parametrize("flags", [[], ["--virtual=4", "--split=2"]])
+def test_example_on_one_and_four_devices(flags, tmp_path):
+    path = tmp_path / "adapters.safetensors"
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, *flags, "--out", path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    accuracy = json.loads(done.stdout.splitlines()[0].partition(": ")[2])
+    assert accuracy[-1] > 0.85 > accuracy[0]
+    assert ("P(None, 'model')" in done.stdout) == bool(flags)
+    assert path.exists()

@@ -1,8 +1,8 @@
 """Trains every method on one device and on several; prints the losses.
 
 `python on_devices.py ENGINE [METHOD ...]` with one of the engines below, on
-virtual devices of the CPU. The last line is JSON, losses of ten steps by
-method and by how they were run.
+virtual devices of the CPU, all methods by default. Lines are JSON: losses of
+ten steps by method and by how they were run.
 """
 
 import functools
@@ -320,15 +320,16 @@ def in_process(rank, folder, cases):
 
 
 def main(engine, *cases):
+    if engine == "jax-life":
+        print(json.dumps(life_on_jax()))
+        return
     cases = cases or [*method_names(), *EXTRAS]
     if engine == "ddp":
-        found = processes_of_torch(cases)
-    elif engine == "jax-life":
-        found = life_on_jax()
-    else:
-        run = {"jax": on_jax, "mirrored": on_mirrored}[engine]
-        found = {case: run(case) for case in cases}
-    print(json.dumps(found))
+        print(json.dumps(processes_of_torch(cases)))
+        return
+    for case in cases:
+        found = {"jax": on_jax, "mirrored": on_mirrored}[engine](case)
+        print(json.dumps({case: found}), flush=True)
 
 
 if __name__ == "__main__":
