@@ -38,8 +38,10 @@ keras.utils.set_random_seed(0)
 if args.gguf:
     sys.path.append(str(HERE.parent / "benchmarks"))
     from _smollm import read_model  # puts the file's weights into a Llama
+    from tokenizers import decoders
 
     backbone, tokenizer = read_model(pathlib.Path(args.gguf))
+    tokenizer.decoder = decoders.ByteLevel()
     end, length = 2, 48
     chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     decode = tokenizer.decode
