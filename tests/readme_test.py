@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its links lead somewhere."""
+"""The README's Python runs as it stands, and its table is complete."""
 
 import pathlib
 import re

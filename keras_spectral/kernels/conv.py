@@ -179,7 +179,7 @@ class ConvView(KernelView):
             return row
         return ops.reshape(row, (-1, *[1] * (len(outputs.shape) - 2)))
 
-    # Of 1x1 kernels alone: in others an input meets a row for each offset.
+    # Of 1x1 kernels alone: others have a row for each offset of an input.
     spread_inputs = spread
 
     @property

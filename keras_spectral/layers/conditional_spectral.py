@@ -91,16 +91,16 @@ class ConditionalSpectralDense(Sharing, KernelAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=0.1,
-        context="first",
-        temperature=1.0,
-        l0=1e-3,
-        hidden=32,
-        embedding=8,
-        network=None,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float = 0.1,
+        context: str = "first",
+        temperature: float = 1.0,
+        l0: float = 1e-3,
+        hidden: int = 32,
+        embedding: int = 8,
+        network: GateNetwork | None = None,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -59,7 +59,14 @@ class GatedSpectralDense(Budgeted, KernelAdapter):
     default_target = "all-linear"
     trains = "a gate for each leading singular direction"
 
-    def __init__(self, layer, rank=8, directions=None, l1=1e-4, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        directions: int | None = None,
+        l1: float = 1e-4,
+        **kwargs,
+    ):
         super().__init__(layer, **kwargs)
         if directions is not None:
             directions = check_rank(directions, "directions")

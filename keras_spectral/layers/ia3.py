@@ -2,6 +2,7 @@
 
 import re
 
+import keras
 from keras import ops
 
 from keras_spectral._internal.checks import check_choice
@@ -42,7 +43,7 @@ class IA3(KernelAdapter):
 
     Args:
         layer: The base: any layer with a column for each output, which
-            transposed convolutions have not.
+            transposed convolutions do not have.
         side: `"output"` or `"input"`. None is `"input"` in what is by its
             name the second layer of a feed-forward net, else `"output"`.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
@@ -73,7 +74,9 @@ class IA3(KernelAdapter):
     scales_columns = True
     reads_kernel = True
 
-    def __init__(self, layer, side=None, **kwargs):
+    def __init__(
+        self, layer: keras.layers.Layer, side: str | None = None, **kwargs
+    ):
         super().__init__(layer, **kwargs)
         check_choice(side, "side", (None, "output", "input"))
         known = FEED_FORWARD_OUTPUT.fullmatch(layer.path or layer.name)
