@@ -38,7 +38,7 @@ class KernelView(Replaceable):
     rows_are_inputs = True
     pointwise = False
 
-    def __init__(self, layer):
+    def __init__(self, layer: keras.layers.Layer):
         self.layer = layer
         self.n_in, self.n_out = self._sizes()
         self.max_rank = min(self.n_in, self.n_out)
