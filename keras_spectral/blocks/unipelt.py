@@ -53,8 +53,8 @@ class UniPELTBlock(BlockAdapter):
     It cannot be merged: only LoRA could be, and its gate differs from
     example to example.
 
-    Source: Mao et al. 2022, arXiv 2110.07577, section 3; softmax shares and
-    the search: this project's notes (METHODS, section A).
+    Source: Mao et al. 2022, arXiv 2110.07577, section 3; the softmax
+    shares and the search are of this project.
 
     Args:
         layer: The block.

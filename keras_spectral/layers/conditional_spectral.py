@@ -42,9 +42,8 @@ class ConditionalSpectralDense(Sharing, KernelAdapter):
     It cannot be merged, because each example has a kernel of its own;
     `freeze_gates` turns it into a GatedSpectralDense, which can.
 
-    Source: input-conditional spectral gates as described in this project's
-    notes (METHODS, section A); straight-through concrete gates: Maddison et
-    al. 2017, arXiv 1611.00712.
+    Source: input-conditional spectral gates are of this project;
+    straight-through concrete gates: Maddison et al. 2017, arXiv 1611.00712.
 
     Args:
         layer: The base layer; any kind that LoRADense takes, but none whose

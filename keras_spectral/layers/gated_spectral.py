@@ -25,9 +25,8 @@ class GatedSpectralDense(Budgeted, KernelAdapter):
     Use it where an adapter must be tiny, on all linear layers at once, and
     to see which directions a task needs. Merges exactly.
 
-    Source: gated spectral adaptation as described in this project's notes
-    (METHODS, section A); singular value scaling after SVDiff, arXiv
-    2303.11305.
+    Source: the gates are of this project; singular value scaling after SVDiff,
+    arXiv 2303.11305.
 
     Args:
         layer: The base layer: any kind that LoRADense takes.
