@@ -47,7 +47,7 @@ def dlrt(
 
     cut to the least rank whose tail has at most `theta |D|`. With
     `theta=None` the rank is fixed, `Uh = orth(K1)`, `Vh = orth(L1)`, and
-    nothing is cut. Ranks are numbers in variables: nothing compiles again.
+    nothing is cut. Ranks are numbers in variables: nothing is compiled again.
 
     Factors take plain gradient steps, whatever the optimizer, because bases
     turn in each step and momenta would belong to those of before. The

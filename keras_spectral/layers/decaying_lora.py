@@ -41,8 +41,8 @@ class DecayingLoRA(LowRankAdapter):
     Use it to make a model smaller while it trains. Merging folds `d K + s A
     B` into the kernel, whatever d is at the time.
 
-    Source: the decay is of this project (`benchmarks/transfer.py`); the SVD start
-    after PiSSA, arXiv 2404.02948.
+    Source: the decay is of this project (`benchmarks/transfer.py`); the SVD
+    start after PiSSA, arXiv 2404.02948.
 
     Args:
         layer: The base layer: any kind that LoRADense takes.

@@ -26,8 +26,8 @@ class IA3(KernelAdapter):
 
     The factors l start at one, so the adapted layer starts as the base: n_out
     of them with `side="output"`, which scale the bias as well, or n_in with
-    `side="input"`. It trains fewer numbers than any other method. It merges
-    exactly: into the kernel's columns and the bias, or into its rows.
+    `side="input"`. It merges exactly: into the kernel's columns and the bias,
+    or into its rows.
 
     Its authors scale the outputs of key and value projections and the inputs
     of the feed-forward net's second layer; so do the defaults here (preset
