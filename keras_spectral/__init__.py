@@ -92,7 +92,7 @@ from keras_spectral.search.parts import collect_gates
 from keras_spectral.search.parts import prune_parts
 from keras_spectral.search.parts import search_parts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IA3",

@@ -73,7 +73,7 @@ def is_off(strength: keras.Variable) -> bool:
 
     PyTorch runs eagerly: what is off is left out there. Its answer is kept
     until the variable is assigned again, because a look at a number makes a
-    GPU stop. A compiled step, as of the other backends, is not traced anew
+    GPU stop. A compiled step, as of the other backends, is not traced again
     for another strength, so there the answer is always False.
     """
     if keras.backend.backend() != "torch":
@@ -126,7 +126,7 @@ def multiply_add(outputs, codes, b):
 def is_training(training) -> bool:
     """Whether a call trains; a ValueError where JAX hides it.
 
-    `keras.RematScope` traces the arguments of what it computes anew, so that
+    `keras.RematScope` traces the arguments of what it computes again, so that
     nothing inside can ask whether it trains (Keras's Dropout neither).
     """
     try:

@@ -23,7 +23,8 @@ lane() {
         PYTHONPATH=$OLDEST${PYTHONPATH:+:$PYTHONPATH} \
             try torch -m "not slow and not once" -W default \
             -k "not contract_test or dense or conv_2d" $(without_hub) \
-            --ignore=tests/exchange --ignore=tests/plots
+            --ignore=tests/exchange --ignore=tests/plots \
+            --ignore=tests/examples_test.py --ignore=tests/readme_test.py
         ;;
     *-hub) try "${1%-hub}" -m "not slow" $hub ;;
     *) try "$1" -m "not slow" $(without_hub) ;;

@@ -1,1 +1,1 @@
-"""Helpers, and whatever touches Keras's and Python's insides."""
+"""Helpers, and what reads or changes Keras's and Python's internals."""

@@ -207,7 +207,7 @@ def nearest(word: Any, known: Iterable[str], least: float = 0.6) -> str | None:
     Args:
         word: What was given.
         known: What there is.
-        least: How alike they have to be, 0 to 1.
+        least: How similar they have to be, 0 to 1.
     """
     plain = {_plain(k): k for k in reversed(list(known))}
     if not isinstance(word, str):

@@ -96,7 +96,7 @@ def freeze(layer: keras.layers.Layer) -> None:
 
 
 def asks_shapes_only() -> bool:
-    """Whether what is made now serves for its shape, and is made anew later.
+    """Whether what is made now serves for its shape, and is made again later.
 
     So it is in a model that JAX builds within its first `fit`: variables get
     their numbers afterwards.

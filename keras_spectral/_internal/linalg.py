@@ -184,7 +184,7 @@ def _new_directions(block, basis, noise):
 
 
 def _still_orthonormal(directions):
-    """Mends directions of nearly no weight, which TensorFlow leaves askew."""
+    """Corrects directions of almost no weight, oblique on TensorFlow."""
     q, r = ops.qr(directions)
     diagonal = ops.diagonal(r, axis1=-2, axis2=-1)[..., None, :]
     return ops.where(diagonal < 0, -q, q)

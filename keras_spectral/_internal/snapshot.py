@@ -82,7 +82,7 @@ class Snapshot:
 
 @contextlib.contextmanager
 def all_or_nothing() -> Iterator[Snapshot]:
-    """Brings back what a snapshot was told to keep if the block fails.
+    """Brings back what a snapshot keeps if the block fails.
 
     An interruption (Ctrl-C) counts as a failure.
     """

@@ -1,8 +1,7 @@
 """Twins: shallow copies of layers that share everything but some attributes.
 
 A layer that runs with other pieces runs as a twin, so that nothing that
-threads share changes during a call, and whoever holds the layer itself gets
-the layer itself.
+threads share changes during a call, and the layer itself is as it was.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ Detour = tuple[str, Callable]
 def twin(layer: keras.layers.Layer, **changes: Any) -> keras.layers.Layer:
     """A layer that shares all with another but the attributes given.
 
-    It is made anew for each call (1 to 3 microseconds), so that it follows
+    It is made again for each call (1 to 3 microseconds), so that it follows
     later assignments and quantisation.
     """
     copy = object.__new__(type(layer))

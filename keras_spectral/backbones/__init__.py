@@ -1,4 +1,4 @@
-"""Adapters that live on a whole backbone."""
+"""Adapters of a whole backbone."""
 
 from keras_spectral.backbones.soft_prompt import SoftPrompt
 

@@ -112,7 +112,13 @@ class SoftPrompt(AdapterLayer, PromptHost):
     retraces = True
 
     def __init__(
-        self, layer, length=10, position=None, keep=False, seed=None, **kwargs
+        self,
+        layer: keras.Model,
+        length: int = 10,
+        position: int | None = None,
+        keep: bool = False,
+        seed: int | None = None,
+        **kwargs,
     ):
         super().__init__(layer, **kwargs)
         if position is not None:
@@ -157,7 +163,7 @@ class SoftPrompt(AdapterLayer, PromptHost):
     def check_mergeable(self):
         raise ValueError(
             f"Layer '{self.name}' is a SoftPrompt and cannot be merged: its "
-            "vectors are no change of a kernel. Keep the adapter; "
+            "vectors do not change a kernel. Keep the adapter; "
             "`unwrap_model` drops it."
         )
 

@@ -1,4 +1,4 @@
-"""The base of adapters that live on a whole transformer block."""
+"""The base of adapters of a whole transformer block."""
 
 import keras
 from keras import ops
@@ -87,7 +87,7 @@ class BlockAdapter(AdapterLayer, BlockHost):
 
     Args:
         layer: The base: a block of a kind in `blocks/kinds.py`, or of one
-            that `register_block` was told of.
+            that `register_block` was given.
         adapter_name: The adapter's name.
         **kwargs: Keras layer arguments.
 
@@ -126,7 +126,7 @@ class BlockAdapter(AdapterLayer, BlockHost):
     def check_mergeable(self):
         raise ValueError(
             f"Layer '{self.name}' is a {type(self).__name__} and cannot be "
-            "merged: what it adds to the block is no change of a kernel. "
+            "merged: what it adds to the block does not change a kernel. "
             "Keep the adapter; `unwrap_model` drops it."
         )
 

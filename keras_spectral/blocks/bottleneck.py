@@ -1,5 +1,8 @@
 """BottleneckAdapter: a small two-layer net inside of a transformer block."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -87,13 +90,13 @@ class BottleneckAdapter(BlockAdapter):
 
     def __init__(
         self,
-        layer,
-        size=None,
-        placement="pfeiffer",
-        activation="relu",
-        strength=1.0,
-        channel_scale=False,
-        seed=None,
+        layer: keras.layers.Layer,
+        size: int | None = None,
+        placement: str = "pfeiffer",
+        activation: str | Callable[[Any], Any] = "relu",
+        strength: float = 1.0,
+        channel_scale: bool = False,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

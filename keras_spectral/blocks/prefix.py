@@ -70,7 +70,14 @@ class PrefixTuning(BlockAdapter):
 
     trains = "keys and values that stand before those of the tokens"
 
-    def __init__(self, layer, length=10, hidden=None, seed=None, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        length: int = 10,
+        hidden: int | None = None,
+        seed: int | None = None,
+        **kwargs,
+    ):
         super().__init__(layer, **kwargs)
         if hidden is not None:
             hidden = check_rank(hidden, "hidden")

@@ -1,5 +1,6 @@
 """RED: the outputs of blocks scaled and shifted."""
 
+import keras
 from keras import ops
 
 from keras_spectral.blocks.block_adapter import BlockAdapter
@@ -44,7 +45,7 @@ class RED(BlockAdapter):
 
     trains = "a factor and a shift for each channel of a block's output"
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, **kwargs):
         super().__init__(layer, **kwargs)
 
     def build_adapter(self):

@@ -55,8 +55,8 @@ class UniPELTBlock(BlockAdapter):
     It cannot be merged: only LoRA could be, and its gate differs from
     example to example.
 
-    Source: Mao et al. 2022, arXiv 2110.07577, section 3; softmax shares and
-    the search: this project's notes (METHODS, section A).
+    Source: Mao et al. 2022, arXiv 2110.07577, section 3; the softmax
+    shares and the search are of this project.
 
     Args:
         layer: The block.
@@ -101,19 +101,19 @@ class UniPELTBlock(BlockAdapter):
 
     def __init__(
         self,
-        layer,
-        lora=8,
-        prefix=10,
-        bottleneck=None,
-        prefix_hidden=None,
-        gate="sigmoid",
-        temperature=1.0,
-        sparsity=None,
-        penalty="entropy",
-        warmup_steps=500,
-        init_stddev=0.02,
-        mask_padding=True,
-        seed=None,
+        layer: keras.layers.Layer,
+        lora: int = 8,
+        prefix: int = 10,
+        bottleneck: int | None = None,
+        prefix_hidden: int | None = None,
+        gate: str = "sigmoid",
+        temperature: float = 1.0,
+        sparsity: float | None = None,
+        penalty: str = "entropy",
+        warmup_steps: int = 500,
+        init_stddev: float = 0.02,
+        mask_padding: bool = True,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

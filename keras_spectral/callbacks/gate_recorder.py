@@ -24,7 +24,7 @@ class GateRecorder(keras.callbacks.Callback):
     Validation counts as well where it comes within the time recorded.
 
     Args:
-        path: A JSON file that holds `records`, written anew each time.
+        path: A JSON file that holds `records`, written again each time.
         every: Training steps between records; None is once an epoch. On JAX
             each record reads the state back from the device.
 

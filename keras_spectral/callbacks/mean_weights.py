@@ -1,4 +1,4 @@
-"""MeanWeights: IVON's means wherever a model is looked at."""
+"""MeanWeights: IVON's means for validation and checkpoints."""
 
 import keras
 

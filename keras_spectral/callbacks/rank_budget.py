@@ -119,7 +119,7 @@ class RankBudget(keras.callbacks.Callback):
         if not target_rank:
             raise ValueError(
                 "Received target_rank=0. Expected a number above 0; "
-                "`unwrap_model` takes all triplets away."
+                "`unwrap_model` drops the adapters."
             )
         check_choice(criterion, "criterion", CRITERIA)
         check_number(beta_1, "beta_1", 0, 1)

@@ -1,4 +1,4 @@
-"""What `compress_model` knows of its layers' inputs."""
+"""What `compress_model` knows about its layers' inputs."""
 
 import warnings
 from collections.abc import Iterable

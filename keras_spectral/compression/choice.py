@@ -126,8 +126,8 @@ def _check_replaceable(layer, sharing):
     view.thin_layers(1)
     if sharing is not None:
         raise ValueError(
-            f"The kernel of layer '{layer.name}' {sharing}, and would go on "
-            "being there. Expected a kernel that a pair can replace: leave "
+            f"The kernel of layer '{layer.name}' {sharing}, and would "
+            "still be there. Expected a kernel that a pair can replace: leave "
             "the layer out with `exclude`."
         )
     view.finite_matrix()

@@ -126,7 +126,7 @@ def compress_model(
             `finalize_transfer` makes one pair of both.
         recover_rank: Rank of that LoRA.
         calibration: What `model.predict` takes, or a tuple `(x, y)`: inputs
-            alike those that the model is for. Or what `calibrate` gives for
+            like those that the model is for. Or what `calibrate` gives for
             it, if it has all layers to compress.
         compensate_bias: Whether, with calibration, a layer's bias makes up
             for the mean of what its outputs lose. It is left as it is where

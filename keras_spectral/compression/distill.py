@@ -62,7 +62,12 @@ class Distiller(keras.Model):
     """The model that `distiller` makes; see there."""
 
     def __init__(
-        self, small, original, temperature=2.0, label_weight=0.5, **kwargs
+        self,
+        small: keras.Model,
+        original: keras.Model,
+        temperature: float = 2.0,
+        label_weight: float = 0.5,
+        **kwargs,
     ):
         super().__init__(**{"name": "distiller", **kwargs})
         check_number(temperature, "temperature", 1e-6)

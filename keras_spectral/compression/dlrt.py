@@ -48,7 +48,7 @@ def dlrt(
 
     cut to the least rank whose tail has at most `theta |D|`. With
     `theta=None` the rank is fixed, `Uh = orth(K1)`, `Vh = orth(L1)`, and
-    nothing is cut. Ranks are numbers in variables: nothing compiles anew.
+    nothing is cut. Ranks are numbers in variables: nothing is compiled again.
 
     Factors take plain gradient steps, whatever the optimizer, because bases
     turn in each step and momenta would belong to those of before. The
@@ -128,7 +128,13 @@ def dlrt(
 class DLRT(keras.Model):
     """The model that `dlrt` makes; see there."""
 
-    def __init__(self, model, theta=None, rate=None, **kwargs):
+    def __init__(
+        self,
+        model: keras.Model,
+        theta: float | None = None,
+        rate: float | None = None,
+        **kwargs,
+    ):
         super().__init__(**{"name": "dlrt", **kwargs})
         self.model = model
         self.theta = theta
@@ -234,8 +240,8 @@ def finalize_dlrt(model: DLRT) -> keras.Model:
     layers = model.factorised() if isinstance(model, DLRT) else []
     if not layers:
         raise ValueError(
-            f"Received {model!r}. Expected what `dlrt` returned, not finished "
-            "before."
+            f"Received {model!r}. Expected what `dlrt` returned, not yet "
+            "finalized."
         )
     inner, swaps = model.model, {}
     with all_or_nothing() as snapshot:

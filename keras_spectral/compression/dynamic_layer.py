@@ -19,7 +19,7 @@ class DynamicLowRank(keras.layers.Wrapper):
     It starts as the truncated SVD of the layer's kernel.
 
     Args:
-        layer: The layer; its kernel rests, its bias trains as before.
+        layer: The layer; its kernel is frozen, its bias trains as before.
         rank: The largest rank, and the one at the start.
         adaptive: Whether the rank changes, for which bases are twice as wide.
 
@@ -27,7 +27,13 @@ class DynamicLowRank(keras.layers.Wrapper):
         inputs: What the layer takes.
     """
 
-    def __init__(self, layer, rank, adaptive=True, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        rank: int,
+        adaptive: bool = True,
+        **kwargs,
+    ):
         super().__init__(layer, **{"name": layer.name, **kwargs})
         self.max_rank = check_rank(rank)
         self.adaptive = adaptive

@@ -69,7 +69,7 @@ class Timer:
             raise ValueError(
                 f"Layer {view.label} takes inputs of shape {_shape(view)}, so "
                 "that its time is not known. Expected a model of fixed sizes, "
-                "or `unknown_size`, which all that are open are taken for "
+                "or `unknown_size`, the size that open ones are taken to have "
                 "(such as the length of sequences)."
             )
         _, *rest = _shape(view)

@@ -56,8 +56,8 @@ def learn_compression(
       `cost(T) + mu/2 |K - m/mu - T|^2`, which the scheme finds,
     - `m = m - mu (K - T)` and `mu = growth mu`.
 
-    At the end K is T. Nothing compiles anew between rounds, and one optimizer
-    trains in all of them.
+    At the end K is T. Nothing is compiled again between rounds, and one
+    optimizer trains in all of them.
 
     Source: Carreira-Perpinan 2017, arXiv 1707.01209; learned ranks:
     Idelbayev and Carreira-Perpinan, CVPR 2020.

@@ -48,7 +48,7 @@ def load_state(
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(
             f"Checkpoint {os.fspath(path)} cannot be read: {error} Expected "
-            "one that `learn_compression` wrote: remove it to start anew."
+            "one that `learn_compression` wrote: remove it to start again."
         ) from error
     shapes = {name: tuple(v.shape) for name, v in variables.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -61,7 +61,7 @@ def load_state(
             f"Checkpoint {os.fspath(path)} is of another run: it says "
             f"{metadata.get('settings')}, and this one is {settings}. Expected "
             "the same model, compressions and mu: remove the file to start "
-            "anew, or name another one."
+            "again, or name another one."
         )
     for name, variable in variables.items():
         variable.assign(ops.cast(tensors[name], variable.dtype))

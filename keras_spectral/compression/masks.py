@@ -2,6 +2,7 @@
 
 import base64
 import zlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -34,7 +35,9 @@ class KeepZeros(keras.constraints.Constraint):
     [[1.0, 0.0]]
     """
 
-    def __init__(self, mask, constraint=None):
+    def __init__(
+        self, mask: Any, constraint: keras.constraints.Constraint | None = None
+    ):
         if isinstance(mask, dict):
             bits = zlib.decompress(base64.b64decode(mask["bits"]))
             bits = np.frombuffer(bits, "uint8")

@@ -30,13 +30,13 @@ def nest_ranks(
     Of the training steps a share `whole` runs as before. In the others a
     share s between `lowest` and 1 is drawn, and each `LowRank` layer uses the
     first `s r` of its r codes alone, so that the first ones learn to do
-    without the last. `set_rank` then chooses, as often as one likes, how much
+    without the last. `set_rank` then chooses, as often as you like, how much
     of the one model to run. The loss that falls is, on average,
 
     `whole L(1) + (1 - whole) E_s L(s)`.
 
     A step costs what it did: what is not drawn is multiplied by zero, so that
-    nothing is traced anew.
+    nothing is traced again.
 
     Source: Yaguchi et al. 2019 (Decomposable-Net), arXiv 1910.13141, with
     one draw a step for the sum of two losses; the first codes are those of
@@ -102,7 +102,7 @@ def set_rank(small: keras.Model, share: float) -> None:
     Each `LowRank` layer of rank r uses `ceil(share r)` codes from now on, in
     inference and in training, and takes as much less time; the others stay in
     memory and come back with `set_rank(small, 1.0)`. On PyTorch nothing is
-    traced anew, on JAX and TensorFlow the next step or prediction is, once.
+    traced again, on JAX and TensorFlow the next step or prediction is, once.
     A model around this one, such as a `distiller`, has to be compiled again.
 
     A model that was not trained for it (`nest_ranks`) is as good as if it had

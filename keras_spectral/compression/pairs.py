@@ -61,7 +61,7 @@ def low_rank_layer(view: KernelView, a, b, bias=None) -> LowRank:
 @contextlib.contextmanager
 def _zero_start(*layers):
     """Layers built within it draw no random weights, only to be overwritten:
-    JAX compiles that draw anew for each shape, half a second a time."""
+    JAX compiles that draw again for each shape, half a second a time."""
     drawn = [
         (layer, name, value)
         for layer in layers

@@ -45,10 +45,10 @@ def prune_model(
       plain layers.
 
     Zeros save bytes in compressed files alone, and time on hardware that
-    skips them. To go on: `fit`; several rounds with a growing share lose
-    least. A pruned model may be wrapped (its base rests); after `merge_model`
-    call `keep_zeros`, which takes out what the adapter has filled in.
-    Both halves of a `LowRank` layer are pruned, each by itself.
+    skips them. Train it further by `fit`; several rounds with a growing share
+    lose least. A pruned model may be wrapped (its base is frozen); after
+    `merge_model` call `keep_zeros`, which takes out what the adapter has
+    filled in. Both halves of a `LowRank` layer are pruned, each by itself.
 
     Source: magnitude: Han et al. 2015, arXiv 1506.02626; channels: Li et al.
     2017, arXiv 1608.08710.
@@ -140,6 +140,6 @@ def _check_share(share, method, pattern):
             raise ValueError("Received share=0. Expected a number above 0.")
     elif share is not None:
         raise ValueError(
-            f"Received share={share!r} with method={method!r}, which says "
-            "itself how many weights stay. Expected share=None."
+            f"Received share={share!r} with method={method!r}, which "
+            "fixes how many weights stay. Expected share=None."
         )

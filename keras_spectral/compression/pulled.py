@@ -9,7 +9,7 @@ class Pulled(keras.Model):
     """Trains a model with `mu/2 |K - T - m/mu|^2` added to its loss.
 
     `T` are the targets and `m` the multipliers, one of each for each kernel.
-    Both and mu are variables, so that nothing compiles anew for others.
+    Both and mu are variables, so that nothing is compiled again for others.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Weights of few bits: codebooks, and training that knows of rounding."""
+"""Weights of few bits: codebooks, and training with rounded kernels."""
 
 import keras
 

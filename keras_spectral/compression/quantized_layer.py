@@ -12,7 +12,7 @@ from keras_spectral.kernels import kernel_view
 class QuantizedKernel(keras.layers.Wrapper):
     """Runs a linear layer with another kernel, `quantized_kernel()`."""
 
-    def __init__(self, layer, bits, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, bits: int, **kwargs):
         super().__init__(layer, **{"name": layer.name, **kwargs})
         self.bits = bits
         self.supports_masking = layer.supports_masking
@@ -53,7 +53,7 @@ class Clustered(QuantizedKernel):
         inputs: What the layer takes.
     """
 
-    def __init__(self, layer, bits, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, bits: int, **kwargs):
         super().__init__(layer, check_whole(bits, "bits", 1, 9), **kwargs)
 
     def build(self, input_shape=None):
@@ -95,7 +95,7 @@ class FakeQuantized(QuantizedKernel):
         inputs: What the layer takes.
     """
 
-    def __init__(self, layer, bits, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, bits: int, **kwargs):
         super().__init__(layer, check_whole(bits, "bits", 2, 9), **kwargs)
 
     def quantized_kernel(self):

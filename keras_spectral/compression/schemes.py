@@ -74,7 +74,13 @@ class LearnedRank(Scheme):
 
     has_rank = True
 
-    def __init__(self, alpha, cost="weights", normalize=False, least=1):
+    def __init__(
+        self,
+        alpha: float,
+        cost: str = "weights",
+        normalize: bool = False,
+        least: int = 1,
+    ):
         self.alpha = check_number(alpha, "alpha", 0)
         self.cost = check_choice(cost, "cost", ("weights", "flops"))
         self.normalize = check_flag(normalize, "normalize")
@@ -99,7 +105,7 @@ class FixedRank(Scheme):
 
     has_rank = True
 
-    def __init__(self, rank):
+    def __init__(self, rank: int):
         self.fixed = check_rank(rank)
 
     def project(self, matrix, mu, view):
@@ -113,7 +119,7 @@ class Magnitude(Scheme):
         share: How many, from 0 to below 1.
     """
 
-    def __init__(self, share):
+    def __init__(self, share: float):
         self.share = check_number(share, "share", 0, 1)
 
     def project(self, matrix, mu, view):
@@ -127,7 +133,7 @@ class L0Penalty(Scheme):
         alpha: In the unit of the loss.
     """
 
-    def __init__(self, alpha):
+    def __init__(self, alpha: float):
         self.alpha = check_number(alpha, "alpha", 0)
 
     def project(self, matrix, mu, view):
@@ -141,7 +147,7 @@ class L1Penalty(Scheme):
         alpha: In the unit of the loss.
     """
 
-    def __init__(self, alpha):
+    def __init__(self, alpha: float):
         self.alpha = check_number(alpha, "alpha", 0)
 
     def project(self, matrix, mu, view):
@@ -155,7 +161,7 @@ class L1Constraint(Scheme):
         radius: Above 0.
     """
 
-    def __init__(self, radius):
+    def __init__(self, radius: float):
         self.radius = check_number(radius, "radius", 1e-30)
 
     def project(self, matrix, mu, view):
@@ -169,7 +175,7 @@ class KMeans(Scheme):
         bits: 1 to 8.
     """
 
-    def __init__(self, bits):
+    def __init__(self, bits: int):
         self.bits = check_whole(bits, "bits", 1, 9)
 
     def project(self, matrix, mu, view):
@@ -183,7 +189,7 @@ class Linear(Scheme):
         bits: 2 to 8.
     """
 
-    def __init__(self, bits):
+    def __init__(self, bits: int):
         self.bits = check_whole(bits, "bits", 2, 9)
 
     def project(self, matrix, mu, view):
@@ -200,7 +206,7 @@ class Sum(Scheme):
         second: Another one, of what the first leaves over.
     """
 
-    def __init__(self, first, second):
+    def __init__(self, first: Scheme, second: Scheme):
         self.first = check_scheme(first, "first")
         self.second = check_scheme(second, "second")
 

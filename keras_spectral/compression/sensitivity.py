@@ -32,7 +32,7 @@ def sensitivity_scan(
     """Prunes one layer at a time, by magnitude, and evaluates.
 
     Nothing is trained, and the model is as it was afterwards. Layers whose
-    metric stays where it is bear a larger share in `prune_model`;
+    metric stays where it is can take a larger share in `prune_model`;
     `plots.plot_sensitivity` draws the curves.
 
     Args:

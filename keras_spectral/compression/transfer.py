@@ -75,7 +75,7 @@ def _check_finished(adapter):
             adapter.check_mergeable()
             raise ValueError(
                 f"Layer '{adapter.name}' has a {type(adapter).__name__}, whose "
-                "change is no thin product. Expected one that is, such as "
+                "change is not a thin product. Expected one that is, such as "
                 "'lora'."
             )
     elif not isinstance(adapter, DecayingLoRA):

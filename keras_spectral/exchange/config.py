@@ -41,8 +41,8 @@ def checked_config(config: dict, folder: Any) -> dict:
     if dropped:
         warnings.warn(
             f"{folder} has {dropped[0]}={_short(config[dropped[0]])} in "
-            f"{CONFIG}, which this adapter has not here: what is loaded is "
-            "exact, and would train on without it.",
+            f"{CONFIG}, which this adapter lacks here: what is loaded is "
+            "exact, and further training would go without it.",
             stacklevel=4,
         )
     known = fields.keys() | NO_MATTER | {*REFUSED, *ONLY_TRAINING}

@@ -40,7 +40,7 @@ class Content:
         shared: What these share, by weight.
         copies: For the key of each layer that trains as a copy its place and
             its values, by attribute.
-        left_out: Tensors of a task that the model, a bare backbone, has not.
+        left_out: Tensors of a task that the model, a bare backbone, lacks.
     """
 
     def __init__(self, model, config, tensors, folder):

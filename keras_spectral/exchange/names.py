@@ -150,7 +150,7 @@ class HubNames:
             if slot is None:
                 raise ValueError(
                     f"'{module}' is '{weight.place.path}' here, whose numbers "
-                    "stand in another order than in Hugging Face's module. "
+                    "are in another order than in Hugging Face's module. "
                     "Expected an adapter that leaves it out."
                 )
         # A hook that takes the first columns says nothing of those behind.

@@ -131,8 +131,8 @@ def _turned(view, keys, positions):
     turn = getattr(attention, "_apply_rope", None) or rotary
     if turn is None:
         raise ValueError(
-            f"'{view.block.name}' ({type(view.block).__name__}) knows "
-            "positions by a table, or in a way of its own, and PEFT puts the "
+            f"'{view.block.name}' ({type(view.block).__name__}) takes "
+            "positions from a table, or in its own way, and PEFT puts the "
             "tokens behind a prefix, at other positions. Expected a model "
             "with rotary positions, such as Llama 3 or Gemma."
         )

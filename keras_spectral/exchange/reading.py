@@ -84,7 +84,7 @@ def load_peft(
     if content.left_out:
         warnings.warn(
             f"{folder} holds {content.left_out}, parts of a task, which the "
-            "backbone has not: they are passed over. The task, such as "
+            "backbone lacks: they are ignored. The task, such as "
             "`BertTextClassifier`, takes them.",
             stacklevel=2,
         )

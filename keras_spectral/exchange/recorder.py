@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
 
 def recorded_sources(backbone: keras.Model) -> list[Source]:
-    """The sources of a backbone's weights, hosts left out of account.
+    """The sources of a backbone's weights, without the hosts.
 
     Raises:
         ImportError: KerasHub is not installed.

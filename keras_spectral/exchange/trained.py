@@ -77,8 +77,8 @@ def bias_tensors(
     kind = fields["peft_type"]
     if "bias" not in fields:
         raise ValueError(
-            f"'{biases[0].path}' trains its bias, which PEFT has not beside "
-            f"{kind}. Expected an adapter without trained biases."
+            f"'{biases[0].path}' trains its bias, which PEFT does not do "
+            f"beside {kind}. Expected an adapter without trained biases."
         )
     by_key = {place.key: place for place in biases}
     targets = set(fields["target_modules"])

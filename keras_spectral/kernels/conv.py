@@ -183,7 +183,7 @@ class ConvView(KernelView):
     def row_axes(self):
         return tuple(range(len(self.variable().shape) - 1))
 
-    # Of 1x1 kernels alone: in others an input meets a row for each offset.
+    # Of 1x1 kernels alone: others have a row for each offset of an input.
     spread_inputs = spread
 
     @property

@@ -65,12 +65,12 @@ class LowRank(keras.layers.Layer):
 
     def __init__(
         self,
-        down,
-        up,
-        active_rank=None,
-        lowest=None,
-        whole=0.5,
-        seed=None,
+        down: keras.layers.Layer,
+        up: keras.layers.Layer,
+        active_rank: int | None = None,
+        lowest: float | None = None,
+        whole: float = 0.5,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)

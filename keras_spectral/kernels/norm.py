@@ -69,7 +69,7 @@ class NormView(KernelView):
 
 
 def along_axes(layer, numbers, outputs):
-    """A layer's own numbers in a shape to meet its outputs."""
+    """A layer's own numbers in a shape to multiply its outputs."""
     axis = getattr(layer, "axis", None)  # of a norm
     if axis is None and getattr(layer, "data_format", "") == "channels_first":
         axis = 1

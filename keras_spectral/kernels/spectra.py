@@ -49,7 +49,7 @@ def factorize(
         requests: Pairs of a kernel's view and how many triplets it needs.
         svd_cache: A folder that keeps the factors between runs, one
             safetensors file for each kernel, named by a hash of its numbers.
-            It is made if it is not there; a damaged file is made anew.
+            It is made if it is not there; a damaged file is made again.
 
     Returns:
         The triplets, in float32, in the order of the requests.
@@ -111,7 +111,7 @@ def leading_triplets(matrix: Any, count: int) -> Triplets:
 
 
 def _batches(requests):
-    """Numbers of requests of equal shape and count, in handy portions."""
+    """Numbers of requests of equal shape and count, in portions."""
     groups: dict[tuple, list[int]] = {}
     for i, (view, count) in enumerate(requests):
         groups.setdefault((view.n_in, view.n_out, count), []).append(i)

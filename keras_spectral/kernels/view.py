@@ -41,7 +41,7 @@ class KernelView(Replaceable):
     pointwise = False
     row_axes: tuple[int, ...] = (0,)
 
-    def __init__(self, layer):
+    def __init__(self, layer: keras.layers.Layer):
         self.layer = layer
         self.n_in, self.n_out = self._sizes()
         self.max_rank = min(self.n_in, self.n_out)

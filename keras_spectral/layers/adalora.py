@@ -70,12 +70,12 @@ class AdaLoRADense(Budgeted, LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=12,
-        alpha=None,
-        orthogonality=0.1,
-        dropout=0.0,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 12,
+        alpha: float | None = None,
+        orthogonality: float = 0.1,
+        dropout: float = 0.0,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

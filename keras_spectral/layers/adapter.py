@@ -38,7 +38,7 @@ class AdapterLayer(Member, Host):
     The layer inside (the base) is frozen for good and stays whole, see
     `Host`. What an adapter adds to it, at what strength, says the family:
     `KernelAdapter` for one linear layer, `BlockAdapter` for a transformer
-    block. Options, weights, dtypes and configuration live here. Attributes
+    block. Options, weights, dtypes and configuration are kept here. Attributes
     that the adapter lacks are the base's.
 
     An adapter runs by itself, or beside others around the same base in a
@@ -61,7 +61,9 @@ class AdapterLayer(Member, Host):
     default_target = "attention"
     stack: type["Stack"]  # what holds several around one base
 
-    def __init__(self, layer, adapter_name="default", **kwargs):
+    def __init__(
+        self, layer: keras.layers.Layer, adapter_name: str = "default", **kwargs
+    ):
         if isinstance(layer, Host):
             raise ValueError(
                 f"Layer '{layer.name}' is already wrapped "

@@ -62,7 +62,7 @@ class Schedule:
         return ops.where(step >= self.total - self.final, self.end, budget)
 
     def masks(self, step):
-        """Whether triplets are chosen anew after a step, from a tensor."""
+        """Whether triplets are chosen again after a step, from a tensor."""
         last = self.total - self.final
         regular = ops.logical_and(
             ops.logical_and(step > self.warmup, step < last),

@@ -48,7 +48,7 @@ class BitFit(KernelAdapter):
     one_direction = True
     only_bias = True
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, **kwargs):
         super().__init__(layer, **kwargs)
 
     @classmethod

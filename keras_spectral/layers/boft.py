@@ -1,5 +1,6 @@
 """BOFT: rotations in butterfly order, and a factor for each output."""
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -64,7 +65,13 @@ class BOFTDense(KernelAdapter):
     reads_kernel = True
     forms_kernel = True
 
-    def __init__(self, layer, block_size=4, factors=1, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        block_size: int = 4,
+        factors: int = 1,
+        **kwargs,
+    ):
         super().__init__(layer, **kwargs)
         self.block_size = check_rank(block_size, "block_size")
         if self.block_size % 2:

@@ -43,9 +43,8 @@ class ConditionalSpectralDense(Sharing, KernelAdapter):
     It cannot be merged, because each example has a kernel of its own;
     `freeze_gates` turns it into a GatedSpectralDense, which can.
 
-    Source: input-conditional spectral gates as described in this project's
-    notes (METHODS, section A); straight-through concrete gates: Maddison et
-    al. 2017, arXiv 1611.00712.
+    Source: input-conditional spectral gates are of this project;
+    straight-through concrete gates: Maddison et al. 2017, arXiv 1611.00712.
 
     Args:
         layer: The base layer; any kind that LoRADense takes, but none whose
@@ -92,16 +91,16 @@ class ConditionalSpectralDense(Sharing, KernelAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=0.1,
-        context="first",
-        temperature=1.0,
-        l0=1e-3,
-        hidden=32,
-        embedding=8,
-        network=None,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float = 0.1,
+        context: str = "first",
+        temperature: float = 1.0,
+        l0: float = 1e-3,
+        hidden: int = 32,
+        embedding: int = 8,
+        network: GateNetwork | None = None,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

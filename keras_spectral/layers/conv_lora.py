@@ -69,14 +69,14 @@ class ConvLoRA(LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=None,
-        dropout=0.0,
-        scaling="standard",
-        initializer="kaiming",
-        factorization="channel",
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        scaling: str = "standard",
+        initializer: str = "kaiming",
+        factorization: str = "channel",
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

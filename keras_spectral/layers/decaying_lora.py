@@ -41,8 +41,8 @@ class DecayingLoRA(LowRankAdapter):
     Use it to make a model smaller while it trains. Merging folds `d K + s A
     B` into the kernel, whatever d is at the time.
 
-    Source: the decaying-original experiments of this project's founders
-    (METHODS, section A); the SVD start after PiSSA, arXiv 2404.02948.
+    Source: the decay is of this project (`benchmarks/transfer.py`); the SVD
+    start after PiSSA, arXiv 2404.02948.
 
     Args:
         layer: The base layer: any kind that LoRADense takes.
@@ -95,18 +95,18 @@ class DecayingLoRA(LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=None,
-        start_step=0,
-        end_step=1000,
-        min_decay=0.0,
-        schedule="linear",
-        initializer="svd",
-        residual="truncated",
-        inference="current",
-        decay_bias=False,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        start_step: int = 0,
+        end_step: int = 1000,
+        min_decay: float = 0.0,
+        schedule: str = "linear",
+        initializer: str = "svd",
+        residual: str = "truncated",
+        inference: str = "current",
+        decay_bias: bool = False,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -1,5 +1,7 @@
 """Deep LoRA: a product of three factors, whole or compressed."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -84,13 +86,13 @@ class DeepLoRADense(KernelAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=None,
-        width=None,
-        eps=1e-3,
-        outer_rate=0.0,
-        seed=None,
-        start_data=None,
+        layer: keras.layers.Layer,
+        rank: int | None = None,
+        width: int | None = None,
+        eps: float = 1e-3,
+        outer_rate: float = 0.0,
+        seed: int | None = None,
+        start_data: Any = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -1,5 +1,6 @@
 """DoRA: LoRA for the directions of a kernel's columns, and their norms."""
 
+import keras
 from keras import ops
 
 from keras_spectral.layers.adapter import register_method
@@ -71,13 +72,13 @@ class DoRADense(LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=None,
-        dropout=0.0,
-        scaling="standard",
-        initializer="kaiming",
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        scaling: str = "standard",
+        initializer: str = "kaiming",
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

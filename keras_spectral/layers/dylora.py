@@ -60,7 +60,13 @@ class DyLoRADense(LowRankAdapter):
     trains = "a thin pair whose ranks are nested"
 
     def __init__(
-        self, layer, rank=8, alpha=None, frozen=False, seed=None, **kwargs
+        self,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        frozen: bool = False,
+        seed: int | None = None,
+        **kwargs,
     ):
         super().__init__(layer, **kwargs)
         self.set_rank(rank, alpha)

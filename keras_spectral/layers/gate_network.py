@@ -30,7 +30,14 @@ class GateNetwork(keras.layers.Layer):
         ValueError: A size that is no whole number above 0, or a bad seed.
     """
 
-    def __init__(self, rank, hidden=32, embedding=8, seed=None, **kwargs):
+    def __init__(
+        self,
+        rank: int,
+        hidden: int = 32,
+        embedding: int = 8,
+        seed: int | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.rank = check_rank(rank)
         self.hidden = check_rank(hidden, "hidden")

@@ -25,9 +25,8 @@ class GatedSpectralDense(Budgeted, KernelAdapter):
     Use it where an adapter must be tiny, on all linear layers at once, and
     to see which directions a task needs. Merges exactly.
 
-    Source: gated spectral adaptation as described in this project's notes
-    (METHODS, section A); singular value scaling after SVDiff, arXiv
-    2303.11305.
+    Source: the gates are of this project; singular value scaling after SVDiff,
+    arXiv 2303.11305.
 
     Args:
         layer: The base layer: any kind that LoRADense takes.
@@ -59,7 +58,14 @@ class GatedSpectralDense(Budgeted, KernelAdapter):
     default_target = "all-linear"
     trains = "a gate for each leading singular direction"
 
-    def __init__(self, layer, rank=8, directions=None, l1=1e-4, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        directions: int | None = None,
+        l1: float = 1e-4,
+        **kwargs,
+    ):
         super().__init__(layer, **kwargs)
         if directions is not None:
             directions = check_rank(directions, "directions")

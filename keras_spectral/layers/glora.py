@@ -90,7 +90,13 @@ class GLoRADense(KernelAdapter):
     forms_kernel = True
 
     def __init__(
-        self, layer, rank=4, parts=None, supernet=False, seed=None, **kwargs
+        self,
+        layer: keras.layers.Layer,
+        rank: int = 4,
+        parts: dict[str, str] | None = None,
+        supernet: bool = False,
+        seed: int | None = None,
+        **kwargs,
     ):
         super().__init__(layer, **kwargs)
         self.rank = check_rank(rank)
@@ -114,7 +120,8 @@ class GLoRADense(KernelAdapter):
         if not self._trainable_variables:
             raise ValueError(
                 f"Received parts={self.parts} for layer '{self.name}': nothing "
-                "would train. Expected a part besides 'none', or D of no bias."
+                "would train. Expected a part that is not 'none', besides D of "
+                "a layer without a bias."
             )
         if self.supernet:
             self.choice = self.add_weight(

@@ -8,12 +8,12 @@ from keras_spectral._internal.layer_tools import freeze
 
 
 class Host(keras.layers.Wrapper):
-    """Stands in a layer's place; the layer inside (the base) stays whole.
+    """Takes a layer's place; the layer inside (the base) is not changed.
 
     Once built it keeps the base frozen. What the base needs to run with
     other pieces (no activation, other weights) goes into a twin, so that
-    whoever else holds the base gets the base. Attributes that a host lacks
-    are the base's.
+    other models that hold the base are not changed. Attributes that a host
+    lacks are the base's.
 
     A host holds named members, which say how it differs from its base. Each
     has an `adapter_name`, a strength (`adapter_strength`, a variable), and
@@ -29,7 +29,7 @@ class Host(keras.layers.Wrapper):
     # Whether the layers inside of the base keep places of their own.
     opens_base = False
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, **kwargs):
         kwargs.setdefault("name", layer.name)
         kwargs.setdefault("dtype", _float_policy(layer))
         kwargs.setdefault("autocast", layer.autocast)
@@ -122,7 +122,7 @@ class Host(keras.layers.Wrapper):
         except AttributeError:
             own = vars(self)
             base = own.get("layer") or own.get("_modules", {}).get("layer")
-        if base is None or name.startswith("__") or name in _books():
+        if base is None or name.startswith("__") or name in _own_names():
             raise AttributeError(
                 f"'{type(self).__name__}' object has no attribute '{name}'"
             )
@@ -147,9 +147,9 @@ def _float_policy(layer):
 
 
 @functools.cache
-def _books():
+def _own_names():
     """Attributes that Keras and the backend keep in every layer."""
-    layer = keras.layers.Identity(name="books")
+    layer = keras.layers.Identity(name="own_names")
     layer(keras.ops.zeros((1,)))
     names = {"_torch_params", "_build_shapes_dict", "_metrics", "view", "layer"}
     return names | set(vars(layer)) | set(vars(layer).get("_modules", ()))

@@ -2,6 +2,7 @@
 
 import re
 
+import keras
 from keras import ops
 
 from keras_spectral._internal.checks import check_choice
@@ -25,8 +26,8 @@ class IA3(KernelAdapter):
 
     The factors l start at one, so the adapted layer starts as the base: n_out
     of them with `side="output"`, which scale the bias as well, or n_in with
-    `side="input"`. It trains fewer numbers than any other method. It merges
-    exactly: into the kernel's columns and the bias, or into its rows.
+    `side="input"`. It merges exactly: into the kernel's columns and the bias,
+    or into its rows.
 
     Its authors scale the outputs of key and value projections and the inputs
     of the feed-forward net's second layer; so do the defaults here (preset
@@ -42,7 +43,7 @@ class IA3(KernelAdapter):
 
     Args:
         layer: The base: any layer with a column for each output, which
-            transposed convolutions have not.
+            transposed convolutions do not have.
         side: `"output"` or `"input"`. None is `"input"` in what is by its
             name the second layer of a feed-forward net, else `"output"`.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
@@ -73,7 +74,9 @@ class IA3(KernelAdapter):
     scales_columns = True
     reads_kernel = True
 
-    def __init__(self, layer, side=None, **kwargs):
+    def __init__(
+        self, layer: keras.layers.Layer, side: str | None = None, **kwargs
+    ):
         super().__init__(layer, **kwargs)
         check_choice(side, "side", (None, "output", "input"))
         known = FEED_FORWARD_OUTPUT.fullmatch(layer.path or layer.name)

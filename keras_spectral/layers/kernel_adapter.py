@@ -65,7 +65,9 @@ class KernelAdapter(AdapterLayer, KernelHost):
     needs_outputs = False  # whether `change` looks at the base's outputs
     dropout = 0.0
 
-    def __init__(self, layer, adapter_name="default", **kwargs):
+    def __init__(
+        self, layer: keras.layers.Layer, adapter_name: str = "default", **kwargs
+    ):
         super().__init__(layer, adapter_name, **kwargs)
         self._triplets = None
 
@@ -76,7 +78,7 @@ class KernelAdapter(AdapterLayer, KernelHost):
         if cls.scales_columns and not view_class_of(last).columns_are_outputs:
             raise ValueError(
                 f"Layer '{layer.name}' is a {type(last).__name__}, whose "
-                "kernel's columns are no outputs: patches overlap. "
+                "kernel has columns that are not outputs: patches overlap. "
                 f"{cls.__name__} expects a layer with a column for each "
                 "output channel."
             )

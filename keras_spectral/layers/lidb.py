@@ -58,12 +58,12 @@ class LiDBDense(LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=1,
-        alpha=None,
-        down=100,
-        up=50,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 1,
+        alpha: float | None = None,
+        down: int = 100,
+        up: int = 50,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

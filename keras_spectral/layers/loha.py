@@ -71,7 +71,13 @@ class LoHaDense(LowRankAdapter):
     forms_kernel = True
 
     def __init__(
-        self, layer, rank=8, alpha=None, cp=False, seed=None, **kwargs
+        self,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        cp: bool = False,
+        seed: int | None = None,
+        **kwargs,
     ):
         super().__init__(layer, **kwargs)
         self.set_rank(rank, alpha)

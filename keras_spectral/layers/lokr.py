@@ -68,12 +68,12 @@ class LoKrDense(LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=None,
-        factor=-1,
-        decompose_both=False,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        factor: int = -1,
+        decompose_both: bool = False,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -1,5 +1,9 @@
 """LoRA: a trained low-rank pair beside a frozen kernel."""
 
+from typing import Any
+
+import keras
+
 from keras_spectral.layers.adapter import register_method
 from keras_spectral.layers.low_rank_pair import LowRankAdapter
 from keras_spectral.layers.starts import LOADED
@@ -92,14 +96,14 @@ class LoRADense(LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=None,
-        dropout=0.0,
-        scaling="standard",
-        initializer="kaiming",
-        seed=None,
-        start_data=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        scaling: str = "standard",
+        initializer: str = "kaiming",
+        seed: int | None = None,
+        start_data: Any = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -1,5 +1,6 @@
 """LoRA-FA: a LoRA whose first factor is frozen."""
 
+import keras
 from keras import ops
 
 from keras_spectral._backend import solve_positive
@@ -58,12 +59,12 @@ class LoRAFADense(LowRankAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=8,
-        alpha=None,
-        project=True,
-        dropout=0.0,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        project: bool = True,
+        dropout: float = 0.0,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

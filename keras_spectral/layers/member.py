@@ -24,7 +24,7 @@ class Member:
             the change is there, an array of 0.0 and 1.0; else None.
     """
 
-    retraces = False  # whether it is compiled anew when switched
+    retraces = False  # whether it is compiled again when switched
 
     def name_member(self, adapter_name: str) -> None:
         """Gives it its name."""
@@ -84,7 +84,7 @@ class Member:
         if count not in (None, len(self.batch_rows)):
             raise ValueError(
                 f"Layer '{self.name}' runs on {count} rows, and `mixed_batch` "
-                f"was told of {len(self.batch_rows)} examples. Expected inputs "
+                f"was given {len(self.batch_rows)} names. Expected inputs "
                 "with one row for each name, and layers that keep examples "
                 "apart."
             )

@@ -81,7 +81,14 @@ class MultiKernelLoRA(AdapterLayer, MultiKernelHost):
 
     only_bias = False
 
-    def __init__(self, layer, rank=8, alpha=None, seed=None, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        seed: int | None = None,
+        **kwargs,
+    ):
         super().__init__(layer, **kwargs)
         self.rank = check_rank(rank)
         self.alpha = self.rank if alpha is None else check_alpha(alpha)

@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 from keras import ops
 
 from keras_spectral._internal.checks import check_flag
@@ -74,11 +75,11 @@ class OFTDense(KernelAdapter):
 
     def __init__(
         self,
-        layer,
-        block_size=32,
-        eps=None,
-        block_share=False,
-        neumann_terms=0,
+        layer: keras.layers.Layer,
+        block_size: int = 32,
+        eps: float | None = None,
+        block_share: bool = False,
+        neumann_terms: int = 0,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -1,5 +1,6 @@
-"""Orthogonal adaptation: adapters whose sums do not meet."""
+"""Orthogonal adaptation: adapters whose changes are orthogonal."""
 
+import keras
 import numpy as np
 
 from keras_spectral._internal.checks import check_seed
@@ -52,7 +53,15 @@ class OrthogonalAdaptation(LowRankAdapter):
 
     trains = "the second factor of a thin pair, the first being its own part"
 
-    def __init__(self, layer, rank=8, alpha=None, index=0, seed=0, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        rank: int = 8,
+        alpha: float | None = None,
+        index: int = 0,
+        seed: int = 0,
+        **kwargs,
+    ):
         super().__init__(layer, **kwargs)
         self.set_rank(rank, alpha)
         self.index = check_whole(index, "index")
@@ -60,7 +69,7 @@ class OrthogonalAdaptation(LowRankAdapter):
         if self.seed is None:
             raise ValueError(
                 "Received seed=None. Expected a number, the same for all "
-                "adapters that are not to meet."
+                "adapters that have to be orthogonal."
             )
 
     def build_adapter(self):

@@ -1,5 +1,6 @@
 """SpectralDense: training in a kernel's singular directions."""
 
+import keras
 from keras import ops
 
 from keras_spectral._internal.checks import check_choice
@@ -81,12 +82,12 @@ class SpectralDense(Budgeted, KernelAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=None,
-        mode="additive",
-        columns=0,
-        shift_values=False,
-        adaptive=False,
+        layer: keras.layers.Layer,
+        rank: int | None = None,
+        mode: str = "additive",
+        columns: int | list[int] = 0,
+        shift_values: bool = False,
+        adaptive: bool = False,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -1,5 +1,6 @@
 """SSF: a trained factor and a trained shift for each output."""
 
+import keras
 from keras import ops
 
 from keras_spectral._internal.checks import check_flag
@@ -28,7 +29,7 @@ class SSF(KernelAdapter):
 
     Args:
         layer: The base: any layer with a column for each output, which
-            transposed convolutions have not, or a norm with a scale.
+            transposed convolutions do not have, or a norm with a scale.
         shift: Whether outputs are shifted as well. A base without a bias has
             no room for that, and cannot be merged then.
         **kwargs: Keras layer arguments (`name`, `dtype`, `trainable`).
@@ -58,7 +59,7 @@ class SSF(KernelAdapter):
     reads_kernel = True
     needs_outputs = True
 
-    def __init__(self, layer, shift=True, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, shift: bool = True, **kwargs):
         super().__init__(layer, **kwargs)
         self.shift = check_flag(shift, "shift")
 

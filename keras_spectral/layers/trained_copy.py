@@ -27,7 +27,9 @@ class NamedCopy(Member, keras.layers.Layer):
         **kwargs: Keras layer arguments.
     """
 
-    def __init__(self, base, adapter_name="default", **kwargs):
+    def __init__(
+        self, base: keras.layers.Layer, adapter_name: str = "default", **kwargs
+    ):
         super().__init__(name=base.name, **kwargs)
         # Past Keras's trackers: the base's weights are no weights of its own.
         vars(self)["base"] = base

@@ -1,5 +1,6 @@
 """TunedNorm: a trained change of a norm's scale and shift."""
 
+import keras
 from keras import ops
 
 from keras_spectral.kernels.norm import NormView
@@ -48,7 +49,7 @@ class TunedNorm(KernelAdapter):
     one_direction = True
     needs_outputs = True
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, **kwargs):
         super().__init__(layer, **kwargs)
 
     @classmethod

@@ -31,7 +31,14 @@ class VeRAPair(keras.layers.Layer):
         ValueError: A size that is no whole number above 0, or a bad seed.
     """
 
-    def __init__(self, n_in, n_out, rank, seed=None, **kwargs):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        rank: int,
+        seed: int | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.n_in = check_rank(n_in, "n_in")
         self.n_out = check_rank(n_out, "n_out")
@@ -111,12 +118,12 @@ class VeRADense(Sharing, KernelAdapter):
 
     def __init__(
         self,
-        layer,
-        rank=256,
-        d_initial=0.1,
-        dropout=0.0,
-        pair=None,
-        seed=None,
+        layer: keras.layers.Layer,
+        rank: int = 256,
+        d_initial: float = 0.1,
+        dropout: float = 0.0,
+        pair: VeRAPair | None = None,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(layer, **kwargs)

@@ -166,7 +166,8 @@ def _check_kind(member):
     if not isinstance(member, KernelAdapter):
         raise ValueError(
             f"Adapter '{member.adapter_name}' has a {type(member).__name__} at "
-            f"'{member.name}', which is no change of a kernel. Expected "
+            f"'{member.name}', which does not change a kernel. "
+            "Expected "
             "adapters of kernels; `set_adapters` mixes all kinds."
         )
     member.check_mergeable()
@@ -202,8 +203,8 @@ def _thin(member, method):
     if not member.is_low_rank:
         raise ValueError(
             f"Adapter '{member.adapter_name}' has a {type(member).__name__} at "
-            f"'{member.name}', which is no thin pair, as method={method!r} "
-            "needs. Expected a method that ends in 'svd'."
+            f"'{member.name}', which is not a thin pair, as "
+            f"method={method!r} needs. Expected a method that ends in 'svd'."
         )
     a, b = map(ops.convert_to_numpy, member.factors())
     return a, b, number_in(member.adapter_scale)

@@ -64,8 +64,8 @@ def bias_places(
     if copies:
         raise ValueError(
             f"Received trainable='biases'. {describe(copies)} train whole with "
-            "another adapter, and an adapter of biases cannot stand beside "
-            "that. Expected patterns in `trainable` that match these layers "
+            "another adapter, and an adapter of biases cannot be added to "
+            "them. Expected patterns in `trainable` that match these layers "
             "as well, so that they train whole here too."
         )
     if not found:

@@ -51,7 +51,7 @@ def merge_model(
 
     Outputs stay what they were, and what trained beside the adapters becomes
     the model's own. A 16-bit kernel rounds what it gains: a warning says
-    where that eats more than 1 % of the change.
+    where that loses more than 1 % of the change.
 
     Args:
         model: A wrapped model.

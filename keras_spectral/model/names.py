@@ -56,11 +56,11 @@ def set_adapters(
     With strengths s_n each kernel is `K + sum of s_n (K'_n - K)`, and each
     layer that trains beside the adapters has `w + sum of s_n (w_n - w)`. That
     is linear for every method, rotations of SpectralDense included. No
-    compiled function is traced anew by it, as long as the same adapters
+    compiled function is traced again by it, as long as the same adapters
     train: each set of trained adapters has an optimizer and compiled
     functions of its own, which are there again when it comes back. What
     changes shapes (SoftPrompt) or keeps averages (a trained
-    BatchNormalization) is compiled anew.
+    BatchNormalization) is compiled again.
 
     The model is changed for all threads.
 

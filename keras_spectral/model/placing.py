@@ -80,9 +80,9 @@ def wrap_places(
     """
     if any(layer in LENT for layer in training.tree(model)):
         raise ValueError(
-            f"The adapters of model '{model.name}' are out for as long as an "
-            "`unwrapped` or `merged` block lasts. Expected that it is wrapped "
-            "after the block."
+            f"The adapters of model '{model.name}' are taken out until an "
+            "`unwrapped` or `merged` block ends. Expected `wrap_model` after "
+            "the block."
         )
     for kind in {request.kind for request in requests}:
         kind.check_model(model)

@@ -183,7 +183,7 @@ class _Search:
 
 
 def _by_class(target, layer):
-    """Whether a layer is asked for by its class, or in person."""
+    """Whether a layer is asked for by its class, or as the layer itself."""
     if isinstance(target, type):
         return isinstance(layer, target)
     if isinstance(target, keras.layers.Layer):

@@ -275,8 +275,8 @@ def _replace_in(owner, mapping, keys, snapshot):
                 continue
             swapped = _swapped(value, mapping, set())
             if swapped is not value:
-                # TensorFlow and PyTorch keep books in `__setattr__`; Keras's
-                # own are kept above.
+                # TensorFlow and PyTorch register values in `__setattr__`;
+                # Keras's own registers are updated above.
                 with DotNotTrackScope():
                     setattr(owner, name, swapped)
     if named:
@@ -296,7 +296,7 @@ def _holds(value, mapping, depth=8):
 def _swapped(value, mapping, seen):
     """The value with layers exchanged; most containers change in place.
 
-    Tuples are made anew, and TensorFlow's own lists and dicts, which refuse
+    Tuples are made again, and TensorFlow's own lists and dicts, which refuse
     to be saved after a change.
     """
     if id(value) in mapping:

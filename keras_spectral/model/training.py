@@ -138,7 +138,7 @@ def _switch(model, old, new):
     kept = _SETS.setdefault(model, {})
     optimizer = getattr(model, "optimizer", None)
     if kept.get("now") is not optimizer:
-        kept.clear()  # it was compiled anew
+        kept.clear()  # it was compiled again
     if getattr(optimizer, "built", True):
         kept[old] = surgery.training_state(model)
         fresh = optimizer and renewed(optimizer)

@@ -76,7 +76,7 @@ def wrap_model(
             blocks), `"backbone"`. Defaults to the method's own, such as
             `"attention"`, for convolutional methods `"conv"`, for those
             that adapt whole blocks `"blocks"`.
-        adapter: The adapter's name. What has it already gets more layers.
+        adapter: The adapter's name. An adapter of that name gets more layers.
         exclude: What not to wrap; the same forms.
         trainable: Regexes of layers that stay trainable beside the adapters.
             Defaults to everything outside of `model.backbone` where there
@@ -149,7 +149,7 @@ def _warn_of_holders(model, chosen):
         warnings.warn(
             f"Layer '{name}' of model '{model.name}' is also held by a "
             f"{' and a '.join(kinds)}, which an adapter does not reach: it "
-            "goes on seeing the base, and after `merge_model` the merged "
+            "still uses the base, and after `merge_model` the merged "
             "kernel, so that outputs change there."
             + (f" So are {len(held) - 1} more." if len(held) > 1 else ""),
             stacklevel=3,
@@ -174,9 +174,9 @@ def check_chosen(model: keras.Model, chosen: list[Place], name: str) -> None:
     copies = [place for place in chosen if isinstance(place.layer, TrainedCopy)]
     if copies:
         raise ValueError(
-            f"Of model '{model.name}' train as copies with another adapter: "
-            f"{describe(copies)}. Expected layers that do not: leave these out "
-            "with `exclude`."
+            f"Layers of model '{model.name}' train as copies with another "
+            f"adapter: {describe(copies)}. Expected layers that do not: leave "
+            "these out with `exclude`."
         )
     for place in chosen:
         host, owner = HOSTS.get(place.layer, (lambda: None, None))
@@ -184,7 +184,7 @@ def check_chosen(model: keras.Model, chosen: list[Place], name: str) -> None:
             raise ValueError(
                 f"'{place.path}' of model '{model.name}' was wrapped as a "
                 f"layer of model '{owner}', which shares it. Expected that "
-                "`wrap_model` is told of both: unwrap that one, then "
+                "`wrap_model` gets both: unwrap that one, then "
                 f"`wrap_model(..., also=[...])`."
             )
     unbuilt = [place for place in chosen if not place.layer.built]

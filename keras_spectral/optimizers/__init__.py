@@ -1,4 +1,9 @@
-"""Optimizers that Keras lacks."""
+"""Optimizers that Keras lacks.
+
+- `IVON` trains a Gaussian over every weight.
+- `WithRates` gives variables learning rates of their own.
+- `predict_mean` averages predictions over samples of IVON's posterior.
+"""
 
 from keras_spectral.optimizers.ivon import IVON
 from keras_spectral.optimizers.predict import predict_mean

@@ -70,8 +70,7 @@ class IVON(keras.optimizers.Optimizer):
     `mc_samples` as in the authors' code, ivon-opt 0.1.3.
 
     Args:
-        learning_rate: A number of at least 0, or a Keras schedule; 0.1 is a
-            good start for a whole model.
+        learning_rate: At least 0, or a Keras schedule; 0.1 suits whole models.
         ess: Effective sample size, about the number of training examples:
             the larger, the narrower the posterior.
         hess_init: Start of h, above 0.
@@ -108,19 +107,20 @@ class IVON(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.1,
-        ess=1000.0,
-        hess_init=1.0,
-        beta_1=0.9,
-        beta_2=0.99999,
-        weight_decay=1e-4,
-        clip_radius=math.inf,
-        rescale_lr=True,
-        debias=True,
-        seed=None,
-        name="ivon",
-        hess_approx="price",
-        mc_samples=1,
+        learning_rate: float
+        | keras.optimizers.schedules.LearningRateSchedule = 0.1,
+        ess: float = 1000.0,
+        hess_init: float = 1.0,
+        beta_1: float = 0.9,
+        beta_2: float = 0.99999,
+        weight_decay: float = 1e-4,
+        clip_radius: float = math.inf,
+        rescale_lr: bool = True,
+        debias: bool = True,
+        seed: int | None = None,
+        name: str = "ivon",
+        hess_approx: str = "price",
+        mc_samples: int = 1,
         **kwargs,
     ):
         super().__init__(check_rate(learning_rate), name=name, **kwargs)

@@ -65,7 +65,7 @@ def predict_mean(
         raise ValueError(
             f"The IVON of model '{model.name}' has trained none of its weights "
             "yet (layers that are exchanged, as by `compact_ranks`, begin "
-            "anew). Expected a model after `fit`."
+            "again). Expected a model after `fit`."
         )
     samples = check_whole(samples, "samples", 1)
     activate = keras.activations.get(activation)

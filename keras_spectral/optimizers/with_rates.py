@@ -68,7 +68,12 @@ class WithRates(keras.optimizers.Optimizer):
     >>> model.compile(ks.optimizers.WithRates("adam", rates), "mse")
     """
 
-    def __init__(self, optimizer, rates, name="with_rates"):
+    def __init__(
+        self,
+        optimizer: str | dict | keras.optimizers.Optimizer,
+        rates: dict[str, float],
+        name: str = "with_rates",
+    ):
         inner, rates = check_inner(optimizer), check_rates(rates)
         super().__init__(0.0, name=name)
         self.inner_optimizer = inner

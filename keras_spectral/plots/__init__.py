@@ -1,4 +1,18 @@
-"""matplotlib pictures; each function returns the figure."""
+"""Pictures by matplotlib; each function returns the figure.
+
+- `plot_gate_bars`: mean and deviation of the gates of UniPELT blocks.
+- `plot_gate_histogram`: how often gates have which value.
+- `plot_gate_history`: mean gates over training steps.
+- `plot_gate_map`: mean gates as a heat map, blocks x parts.
+- `plot_gates`: spectral gates as a heat map, layers x directions.
+- `plot_learning`: ranks and distortion over `learn_compression`.
+- `plot_posterior`: how wide IVON's posterior is.
+- `plot_rank_history`: the rank of each layer over epochs.
+- `plot_rank_map`: final ranks as a heat map, layers x projections.
+- `plot_sensitivity`: what pruning each layer alone does to a metric.
+- `plot_spectrum`: a layer's singular values before and after.
+- `plot_transfer`: how a pair takes over from its original.
+"""
 
 from keras_spectral.plots.compression import plot_learning
 from keras_spectral.plots.compression import plot_sensitivity

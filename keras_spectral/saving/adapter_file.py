@@ -109,8 +109,8 @@ def load_adapters(
     """Loads an adapter file into a model.
 
     What has a name that the model knows gets its values, without a retrace;
-    it must have the same layers, methods and options. What has not is put
-    into the model, as by `wrap_model`, and becomes the only active one; a
+    it must have the same layers, methods and options. What has a new name is
+    put into the model, as by `wrap_model`, and becomes the only active one; a
     plain model gets the strengths that the file was saved with.
 
     Loading is strict and all or nothing: after an error the model is as it

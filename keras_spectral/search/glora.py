@@ -49,7 +49,7 @@ def search_glora(
     Nothing is trained: paths share the supernet's weights, so each trial only
     evaluates. The first round tries random paths. Each further one tries
     children of the best so far: mutations, in which each part's kind is drawn
-    anew with some probability, crossovers of two, in which each is that of
+    again with some probability, crossovers of two, in which each is that of
     either parent, and random paths as far as these are fewer than the
     population. A path that is too large loses parts at random until it
     fits, and none is tried twice.
@@ -257,7 +257,7 @@ class _Space:
         return tuple(k if size else "none" for k, size in zip(path, sizes))
 
     def use(self, path: tuple) -> None:
-        """Sets the layers' variables: nothing is traced anew."""
+        """Sets the layers' variables: nothing is traced again."""
         count = len(KINDS)
         for i, adapter in enumerate(self.adapters):
             kinds = path[i * count : (i + 1) * count]

@@ -67,7 +67,7 @@ def prune_parts(
     threshold: float = LOW_GATE,
     keep_weights: bool = False,
 ) -> dict[str, Any]:
-    """Removes the parts of UniPELT blocks that their gates shut out.
+    """Removes the parts of UniPELT blocks whose gates are closed.
 
     A part goes if each of its gates, as a mean over the batch, has stayed
     below 0.05 for the last `steps` training steps; with `steps=0` if the
@@ -77,7 +77,7 @@ def prune_parts(
     Args:
         model: A model wrapped with "unipelt".
         steps: Training steps, or 0.
-        threshold: What counts as shut with `steps=0`.
+        threshold: Gates below it count as closed with `steps=0`.
         keep_weights: Whether to return the weights of removed parts.
 
     Returns:
@@ -93,11 +93,11 @@ def prune_parts(
     check_flag(keep_weights, "keep_weights")
 
     def stays(block):
-        shut = _shut_gates(block, steps, threshold)
+        closed = _closed_gates(block, steps, threshold)
         return [
             part
             for part in block.parts
-            if not all(shut[n] for n in shut if n.split("_")[0] == part)
+            if not all(closed[n] for n in closed if n.split("_")[0] == part)
         ]
 
     kept, removed = {}, {}
@@ -227,8 +227,8 @@ def _columns(block):
     return np.concatenate(values).T if values else [[]] * len(block.gate_names)
 
 
-def _shut_gates(block, steps, threshold):
-    """Whether each gate is shut, by name."""
+def _closed_gates(block, steps, threshold):
+    """Whether each gate is closed, by name."""
     if steps:
         low = ops.convert_to_numpy(block.low_steps) >= steps
         return dict(zip(block.gate_names, low.tolist()))

@@ -122,7 +122,7 @@ def test_finished_models_are_plain_and_equal(tmp_path):
     np.testing.assert_allclose(again.predict(x, verbose=0), expected, atol=1e-5)
     for old, new in zip(before, model.weights):
         np.testing.assert_array_equal(old, _numpy(new))
-    with pytest.raises(ValueError, match="not finished"):
+    with pytest.raises(ValueError, match="not yet finalized"):
         ks.finalize_dlrt(trainer)
     loaded = keras.saving.load_model(tmp_path / "trainer.keras")
     np.testing.assert_allclose(

@@ -244,7 +244,7 @@ def test_what_channels_cannot_do():
         ({"method": "size"}, "'2:4'"),
         ({"method": 3}, "method=3"),
         ({"share": None, "method": "4:2"}, "0 < n < m"),
-        ({"method": "2:4"}, "says itself"),
+        ({"method": "2:4"}, "fixes how many"),
         ({"scope": "all"}, "scope='all'"),
         ({"target": "nothing"}, "nothing"),
     ],

@@ -352,7 +352,7 @@ def test_prefix_before_a_table_of_positions_is_refused(tmp_path):
     fields = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
     tensors = {"prompt_embeddings": np.ones((3, 2 * 2 * 8))}
     write(tmp_path, tensors, "", **fields)
-    with pytest.raises(ValueError, match="positions by a table"):
+    with pytest.raises(ValueError, match="positions from a table"):
         ks.load_peft(gpt2(), tmp_path)
 
 

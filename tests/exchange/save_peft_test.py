@@ -268,7 +268,7 @@ def test_soft_prompt_comes_back(tmp_path):
         ("bitfit", {"target": "biases"}, "trains biases alone"),
         ("decaying_lora", {"target": QKV}, "has no low rank"),
         ("prefix", {"target": r".*layer_0"}, "on 1 of 2 blocks"),
-        ("prefix", {"target": "blocks"}, "positions by a table"),
+        ("prefix", {"target": "blocks"}, "positions from a table"),
     ],
 )
 @pytest.mark.once

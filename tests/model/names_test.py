@@ -367,7 +367,7 @@ def test_each_example_through_its_own():
     with ks.mixed_batch(model, names):
         eager = _out(model)
         compiled = model.predict(X, verbose=0)
-        with pytest.raises(ValueError, match="on 4 rows.*of 8 examples"):
+        with pytest.raises(ValueError, match="on 4 rows.*8 names"):
             model(X[:4])
     expected = {"first": first, "second": second, None: base}
     for i, name in enumerate(names):

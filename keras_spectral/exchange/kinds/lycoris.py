@@ -117,7 +117,7 @@ class LoKr(_Lycoris):
         if "lokr_t2" in tensors:
             raise ValueError(
                 f"{CONFIG} has {_CORE}={config[_CORE]}, and '{path}' has a "
-                "core for its offsets, 'lokr_t2', which LoKrDense has not. "
+                "core for its offsets, 'lokr_t2', which LoKrDense lacks. "
                 f"Expected {_CORE}=false, or an adapter that leaves "
                 "convolutions out."
             )
