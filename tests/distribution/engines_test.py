@@ -58,6 +58,11 @@ def _run_cases(engine):
 
 def _check_alike(found, ways):
     for case, runs in found.items():
+        if case == "conditional_spectral" and ways[0] != "data":
+            # A draw for each example, in each replica by itself.
+            for losses in (runs[way]["loss"] for way in ways):
+                assert losses[-1] < 0.9 * losses[0]
+            continue
         for way in ways:
             assert runs[way].keys() == runs["one"].keys(), (case, way)
             for name, wanted in runs["one"].items():

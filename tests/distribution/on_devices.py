@@ -260,7 +260,9 @@ def loop(model, case, parallel=None, rank=0, processes=1):
         callbacks.on_epoch_begin(epoch)
         callbacks.on_train_batch_begin(0)
         model.zero_grad()
-        outputs = (parallel or model)(keras.ops.convert_to_tensor(x))
+        outputs = (parallel or model)(
+            keras.ops.convert_to_tensor(x), training=True
+        )
         loss = model.compute_loss(x, keras.ops.convert_to_tensor(y), outputs)
         loss.backward()
         variables = model.trainable_variables
@@ -283,11 +285,7 @@ def on_ddp(case):
     keras.config.disable_traceback_filtering()
     found = {"one": {"loss": [float(x) for x in loop(build(case), case)]}}
     model = build(case)
-    # Of its net the layers before the first context use nothing.
-    unused = case == "conditional_spectral"
-    parallel = torch.nn.parallel.DistributedDataParallel(
-        model, find_unused_parameters=unused
-    )
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
     losses = torch.stack(loop(model, case, parallel, rank, processes))
     distributed.all_reduce(losses)
     found["ddp"] = {"loss": (losses / processes).tolist()}
