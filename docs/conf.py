@@ -143,10 +143,9 @@ def escaped(lines: list[str]) -> list[str]:
 
 def resolve(app, env, node, contnode):
     """Names of other libraries stay text; our own have one page each."""
-    target = node["reftarget"]
     if node["refdomain"] != "py":
-        expected = target.removesuffix(".md").rsplit("/", 1)[-1]
-        return contnode if expected in EXPECTED else None
+        return None
+    target = node["reftarget"]
     if node["reftype"] not in ("class", "exc"):
         return None
     last = target.rsplit(".", 1)[-1]
@@ -160,10 +159,12 @@ def resolve(app, env, node, contnode):
 
 
 def drop_expected(app, docname, source):
-    """Leaves pages that are not there yet out of the table of contents."""
+    """Leaves links to pages out that are not there yet."""
     for page in EXPECTED:
         if page not in app.env.found_docs:
-            source[0] = source[0].replace(f"\n{page}\n", "\n")
+            text = source[0].replace(f"\n{page}\n", "\n")
+            link = rf"\[([^\]]*)\]\([./]*{page}\.md\)"
+            source[0] = re.sub(link, r"\1", text)
 
 
 def link_names(app, doctree, docname):

@@ -29,15 +29,14 @@ FENCE = re.compile(
     r"^(?P<fence>`{3,})(?P<kind>python|output)\n(?P<code>.*?)^(?P=fence)$",
     re.M | re.S,
 )
-# These run on each backend, the other pages on PyTorch alone.
-EVERYWHERE = {
-    "start.md": (pytest.mark.compiled,),
-    "howto/loops.md": (),
-    "howto/export.md": (
-        pytest.mark.compiled,
-        # PyTorch and TensorFlow announce what they will drop.
-        pytest.mark.filterwarnings("default"),
-    ),
+# Other libraries announce what they will drop.
+OTHERS = pytest.mark.filterwarnings("default")
+# Pages that run on each backend, or need something; the others run once.
+MARKS = {
+    "start.md": [pytest.mark.compiled],
+    "howto/loops.md": [],
+    "howto/export.md": [pytest.mark.compiled, OTHERS],
+    "from-peft.md": [pytest.mark.once, OTHERS],
 }
 
 
@@ -82,7 +81,7 @@ def run_page(name: str, page: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=EVERYWHERE.get(name, pytest.mark.once))
+        pytest.param(name, marks=MARKS.get(name, pytest.mark.once))
         for name, page in PAGES.items()
         if any(kind == "python" for _, kind, _ in blocks_of(page))
     ],
