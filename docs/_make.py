@@ -103,7 +103,7 @@ def study_table(study, rows: list[dict]) -> str:
         method = known.get(study.METHODS[name][0])
         trains = TRAINS.get(name) or method.trains
         weights = counts.get(name, found.get(name, {}).get("weights"))
-        merges = "" if method is None else "yes" if method.merges else "no"
+        merges = "-" if method is None else "yes" if method.merges else "no"
         rate = accuracy = "not measured"
         if name in found:
             row = found[name]

@@ -21,6 +21,7 @@ from docutils import nodes  # noqa: E402
 from docutils.utils.math import latex2mathml  # noqa: E402
 
 import keras_spectral  # noqa: E402
+from keras_spectral.layers import METHODS  # noqa: E402
 
 # An attribute of the package, which autodoc takes for a module.
 sys.modules["keras_spectral.schemes"] = keras_spectral.schemes
@@ -174,6 +175,8 @@ def link_names(app, doctree, docname):
         if isinstance(literal.parent, nodes.reference | nodes.title):
             continue
         text = literal.astext()
+        if text.strip('"') in METHODS and text.startswith('"'):
+            text = f"ks.{METHODS[text.strip(chr(34))].__name__}"
         match = NAME.fullmatch(text)
         if match is None or f"keras_spectral.{match[1]}" not in known:
             continue
