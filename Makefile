@@ -7,7 +7,7 @@ OLDEST = .keras-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint tutorials notebooks check-notebooks lab clean
+.PHONY: demo test lint tutorials notebooks check-notebooks docs lab clean
 
 demo: $(READY)
 	$(BIN)/python tutorials/01_quickstart.py
@@ -29,6 +29,11 @@ tutorials: $(READY)
 lab: $(READY)
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[lab]"
 	$(BIN)/jupyter lab notebooks
+
+# The site, in out/site; warnings are errors, and nothing is fetched.
+docs: $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[docs]"
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs out/site
 
 check-notebooks: $(READY)
 	$(BIN)/python tutorials/build.py --check
