@@ -26,11 +26,11 @@ def read(folder: str | None) -> tuple[np.ndarray, ...]:
     return flat[0], data.y, flat[1], data.test_y
 
 
-def build(width: int) -> keras.Model:
+def build(width: int, inputs: int = 784) -> keras.Model:
     layers = keras.layers
     return keras.Sequential(
         [
-            keras.Input((784,)),
+            keras.Input((inputs,)),
             layers.Dense(width, "relu", name="first"),
             layers.Dense(width, "relu", name="second"),
             layers.Dense(10, name="logits"),
