@@ -51,6 +51,8 @@ class BottleneckAdapter(BlockAdapter):
     does more with as many weights, but it cannot be merged and costs time at
     inference.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv
     2005.00247; parallel: He et al. 2021, arXiv 2110.04366; Adapter+: Steitz
     and Roth 2024, arXiv 2406.06820.

@@ -39,6 +39,9 @@ class PrefixTuning(BlockAdapter):
     Use it where many tasks share one model: it leaves the weights alone and
     costs little time. It cannot be merged.
 
+    Start with a learning rate of 0.1 (Adam; `benchmarks/study.py` tried no
+    higher one).
+
     Source: Li and Liang 2021, arXiv 2101.00190, equations 3 and 5.
 
     Args:

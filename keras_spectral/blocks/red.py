@@ -17,6 +17,8 @@ class RED(BlockAdapter):
 
     Use it where even a LoRA of rank 1 is too much.
 
+    Start with a learning rate of 0.01 (Adam; `benchmarks/study.py`).
+
     Source: Wu et al. 2024, arXiv 2402.15179, equation 2.
 
     Args:

@@ -55,6 +55,8 @@ class UniPELTBlock(BlockAdapter):
     It cannot be merged: only LoRA could be, and its gate differs from
     example to example.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Mao et al. 2022, arXiv 2110.07577, section 3; the softmax
     shares and the search are of this project.
 

@@ -20,6 +20,8 @@ class BitFit(KernelAdapter):
     `wrap_model(..., trainable="biases")` puts it beside adapters of other
     methods.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Ben Zaken et al. 2021, arXiv 2106.10199.
 
     Args:

@@ -31,6 +31,9 @@ class BOFTDense(KernelAdapter):
     kernel. Rows are taken channel by channel, as in OFTDense. A quantised
     base is read dequantised at each step.
 
+    Start with a learning rate of 0.03 (Adam; `benchmarks/study.py` tried no
+    higher one).
+
     Source: Liu et al. 2023, arXiv 2311.06243, section 4.
 
     Args:

@@ -29,6 +29,8 @@ class DoRADense(LowRankAdapter):
     column is all that one output channel is computed from, in an Embedding
     one number of every token. A column of zeros counts as 1e-6 long.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Liu et al. 2024, arXiv 2402.09353, equation 5 and section 4.3
     (the constant). Dropout acts on the thin product alone; the authors' code
     drops inputs in `(c - 1) (x K)` as well, which costs a second run of the

@@ -25,6 +25,8 @@ class GatedSpectralDense(Budgeted, KernelAdapter):
     Use it where an adapter must be tiny, on all linear layers at once, and
     to see which directions a task needs. Merges exactly.
 
+    Start with a learning rate of 0.03 (Adam; `benchmarks/study.py`).
+
     Source: the gates are of this project; singular value scaling after SVDiff,
     arXiv 2303.11305.
 

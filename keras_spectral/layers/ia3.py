@@ -39,6 +39,9 @@ class IA3(KernelAdapter):
     The authors' factors come after it, which is the same in the projections
     that they scale: these have none.
 
+    Start with a learning rate of 0.1 (Adam; `benchmarks/study.py` tried no
+    higher one).
+
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
 
     Args:

@@ -36,6 +36,8 @@ class LoHaDense(LowRankAdapter):
     Use it where a LoRA of the same size is not expressive enough, as for
     styles of image models.
 
+    Start with a learning rate of 0.01 (Adam; `benchmarks/study.py`).
+
     Source: Hyeon-Woo et al. 2021, arXiv 2108.06098, propositions 1 and 3;
     as an adapter: the LyCORIS project.
 

@@ -33,6 +33,8 @@ class LoKrDense(LowRankAdapter):
     Use it where LoRA of rank 1 is still too large: the change has the rank of
     W1 times that of W2.
 
+    Start with a learning rate of 0.01 (Adam; `benchmarks/study.py`).
+
     Source: Yeh et al. 2023, arXiv 2309.14859, section 3 (LyCORIS).
 
     Args:

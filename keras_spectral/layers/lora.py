@@ -51,6 +51,8 @@ class LoRADense(LowRankAdapter):
     Works on Dense, EinsumDense, Conv (then A is a convolution and B a 1x1),
     SeparableConv, transposed convolutions and Embedding.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3; rsLoRA: Kalajdzievski
     2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA:
     Buyukakyuz 2024, arXiv 2406.01775; EVA: Paischer et al. 2024, arXiv

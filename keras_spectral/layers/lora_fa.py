@@ -25,6 +25,8 @@ class LoRAFADense(LowRankAdapter):
 
     Use it where memory for activations is short.
 
+    Start with a learning rate of 0.01 (Adam; `benchmarks/study.py`).
+
     Source: Zhang et al. 2023, arXiv 2308.03303; the gradient: HF PEFT's
     optimizer for it, after Wang et al. 2024, arXiv 2407.18242.
 

@@ -38,6 +38,8 @@ class OFTDense(KernelAdapter):
     Use it where a model must keep what it knows, as image models do when
     they learn one more subject.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Qiu et al. 2023, arXiv 2306.07280, section 4; the series:
     Qiu et al. 2025, arXiv 2506.19847.
 

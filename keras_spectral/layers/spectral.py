@@ -43,6 +43,8 @@ class SpectralDense(Budgeted, KernelAdapter):
     block diagonal, and stays so: what an update puts outside of the blocks
     is left out.
 
+    Start "additive" with a learning rate of 0.001 (Adam; `benchmarks/study.py`).
+
     Source: additive and rotate: Zhang and Pilanci 2024, arXiv 2405.13952,
     section 3; the shift dS is not in their text: their code trains and adds
     it for fusion (`adapter_fusion/spectral` in pilancilab/spectral_adapter);

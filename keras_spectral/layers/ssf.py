@@ -25,6 +25,8 @@ class SSF(KernelAdapter):
     Outputs are changed before the base's activation. The same at the end of
     blocks is `RED`.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Lian et al. 2022, arXiv 2210.08823, equations 2 and 4.
 
     Args:

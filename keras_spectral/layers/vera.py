@@ -81,6 +81,8 @@ class VeRADense(Sharing, KernelAdapter):
 
     Use it where adapters have to be tiny, as for one of many users.
 
+    Start with a learning rate of 0.03 (Adam; `benchmarks/study.py`).
+
     Source: Kopiczko et al. 2023, arXiv 2310.11454, equation 2.
 
     Args:
