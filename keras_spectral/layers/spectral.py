@@ -43,7 +43,7 @@ class SpectralDense(Budgeted, KernelAdapter):
     block diagonal, and stays so: what an update puts outside of the blocks
     is left out.
 
-    Start "additive" with a learning rate of 0.001 (Adam; `benchmarks/study.py`).
+    Start additive ones with a rate of 0.001 (Adam; `benchmarks/study.py`).
 
     Source: additive and rotate: Zhang and Pilanci 2024, arXiv 2405.13952,
     section 3; the shift dS is not in their text: their code trains and adds
