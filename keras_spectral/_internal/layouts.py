@@ -145,8 +145,9 @@ def _split_axes(view, mesh):
         return None, None
     sizes = dict(zip(mesh.axis_names, mesh.shape))
     found = []
-    columns = [i for i in range(len(axes)) if i not in view.row_axes]
-    for numbers, size in (view.row_axes, view.n_in), (columns, view.n_out):
+    rows = [i % len(axes) for i in view.row_axes]
+    columns = [i for i in range(len(axes)) if i not in rows]
+    for numbers, size in (rows, view.n_in), (columns, view.n_out):
         names = [axes[i] for i in numbers]
         # What splits the first axis splits the rows into equal stretches.
         alone = names and not any(names[1:]) and names[0] is not None

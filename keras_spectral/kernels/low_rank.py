@@ -150,7 +150,8 @@ class LowRank(keras.layers.Layer):
     @property
     def kernel(self):
         """The product of two Dense kernels; some models read it."""
-        return ops.matmul(self.down.kernel, self.up.kernel)
+        down, up = self._halves()
+        return ops.matmul(down.kernel, up.kernel)
 
     @property
     def bias(self):

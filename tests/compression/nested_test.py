@@ -198,6 +198,8 @@ def test_ranks_are_saved_and_finished(tmp_path):
     np.testing.assert_array_equal(again.predict(x, verbose=0), wanted)
     layer = again.get_layer("one")
     assert (layer.lowest, layer.whole, layer.seed) == (0.3, 0.4, 7)
+    matrix = _numpy(kernel_view(layer).matrix())
+    np.testing.assert_allclose(_numpy(layer.kernel), matrix, atol=1e-5)
     whole = again.count_params()
     assert ks.finalize_ranks(again) is again
     np.testing.assert_allclose(again.predict(x, verbose=0), wanted, atol=1e-5)

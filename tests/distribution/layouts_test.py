@@ -68,3 +68,60 @@ def test_pairs_follow_their_kernel(rules, a, b):
     else:
         assert found == [(a, None), (None, b)]
     assert tuple(layer.adapter_scale._layout.axes) == ()
+
+
+@pytest.mark.skipif(not ON_JAX, reason="Keras distributes on JAX alone")
+@pytest.mark.parametrize(
+    "layer, shape, axes, a, b",
+    [
+        (
+            keras.layers.Conv2DTranspose(4, 3, name="hidden"),
+            (5, 5, 2),
+            (None, None, None, "model"),
+            "model",
+            None,
+        ),
+        (
+            keras.layers.Conv2D(4, 3, name="hidden"),
+            (5, 5, 2),
+            (None, None, None, "model"),
+            None,
+            "model",
+        ),
+        (
+            keras.layers.EinsumDense(
+                "abc,dce->abde", (None, 2, 3), name="hidden"
+            ),
+            (5, 4),
+            ("batch", "model", None),
+            "model",
+            "batch",
+        ),
+        # The second of a kernel's own row axes splits no stretch of rows.
+        (
+            keras.layers.Conv2D(4, 3, name="hidden"),
+            (5, 5, 2),
+            (None, None, "model", None),
+            None,
+            None,
+        ),
+    ],
+    ids=["transposed", "convolution", "einsum", "channels"],
+)
+def test_axes_of_kernels(layer, shape, axes, a, b):
+    completed = ks.adapter_layout(_rules(**{".*hidden/kernel": axes}))
+    parallel = keras.distribution.ModelParallel(
+        layout_map=completed, batch_dim_name="batch"
+    )
+    keras.distribution.set_distribution(parallel)
+    try:
+        config = layer.get_config()
+        model = keras.Sequential(
+            [keras.Input(shape), type(layer).from_config(config)]
+        )
+        ks.wrap_model(model, "lora", "hidden", rank=1)
+    finally:
+        keras.distribution.set_distribution(None)
+    pair = model.layers[0].lora_a, model.layers[0].lora_b
+    found = [tuple(weight._layout.axes) for weight in pair]
+    assert found == [(a, None), (None, b)]
