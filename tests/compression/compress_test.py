@@ -309,7 +309,7 @@ def test_budget_counts_the_whole_model_and_ends_are_kept():
     model = _image_model()
     budget = model.count_params() - 4000
     small = ks.compress_model(model, budget=budget, keep_ends=True)
-    assert budget - 700 < small.count_params() <= budget
+    assert 0.75 * budget < small.count_params() <= budget
     assert isinstance(small.get_layer("first"), keras.layers.Conv2D)
     assert isinstance(small.get_layer("head"), keras.layers.Dense)
 
