@@ -87,7 +87,7 @@ def test_learns_from_data_without_labels(loss):
     logs = teacher.fit(x, epochs=20, verbose=0).history
     assert set(logs) == {"loss", "distillation_loss"}
     after = _losses(small, original, 2.0)[1].mean()
-    assert after < 0.5 * before
+    assert after < 0.6 * before
     loss = teacher.evaluate(x, verbose=0, return_dict=True)["loss"]
     np.testing.assert_allclose(loss, after, rtol=1e-3)
 
