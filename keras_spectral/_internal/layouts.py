@@ -63,7 +63,8 @@ def adapter_layout(layout_map: LayoutMap) -> LayoutMap:
     >>> rules = keras.distribution.LayoutMap(mesh)
     >>> rules[".*dense.*kernel"] = (None, "model")
     >>> rules = adapter_layout(rules)
-    >>> parallel = keras.distribution.ModelParallel(layout_map=rules)
+    >>> rules["dense/kernel"].axes
+    (None, 'model')
     """
     if not isinstance(layout_map, LayoutMap):
         raise ValueError(

@@ -22,9 +22,9 @@ EXAMPLE = PROGRAM.parents[2] / "examples" / "distributed.py"
 pytestmark = pytest.mark.slow
 
 
-# Of pairs, shared pairs, steps that count, draws, singular vectors, kernels
-# that are formed, factors of inputs, blocks, gates, and what follows steps.
-SOME = "lora vera decaying_lora dylora spectral loha ia3 prefix".split()
+# Of pairs, shared pairs, steps that count, singular vectors, blocks, draws,
+# gates, and what follows steps.
+SOME = "lora vera decaying_lora spectral prefix".split()
 SOME += ["conditional_spectral", "unipelt+gates", "adalora+budget", "lora+ivon"]
 
 
