@@ -125,7 +125,7 @@ def set_rank(small: keras.Model, share: float) -> None:
             f"Received share={share!r}. Expected a number above 0 and at most "
             "1: the part of each layer's rank to use."
         )
-    layers = _factorised(small)
+    layers = _factorised(check_model(small))
     for layer in layers:
         for half in (layer.down, layer.up):
             if kernel_view(half).quantized:
@@ -174,7 +174,6 @@ def finalize_ranks(small: keras.Model) -> keras.Model:
 
 def _factorised(model):
     """The `LowRank` layers of a model; a ValueError without any."""
-    check_model(model)
     found = [x for x in all_layers(model) if isinstance(x, LowRank)]
     if not found:
         raise ValueError(

@@ -222,9 +222,12 @@ class SeparableConvView(ConvView):
             **shared,
             **self._code_options(),
         )
-        down.build(layer.get_build_config()["input_shape"])
-        down.depthwise_kernel.assign(layer.depthwise_kernel)
+        self.copy_rest(down)
         return [down, self._pointwise()]
+
+    def copy_rest(self, layer):
+        layer.build(self.layer.get_build_config()["input_shape"])
+        layer.depthwise_kernel.assign(self.layer.depthwise_kernel)
 
     def _sizes(self):
         shape = self.variable().shape

@@ -280,11 +280,10 @@ class LowRankView(KernelView):
             config[name] = (*config[name][:-1], rank)
         else:
             config[name] = rank * self._down.groups
-        down, up = self.layer.down, self.layer.up
-        return [
-            type(down).from_config(config),
-            type(up).from_config(up.get_config()),
-        ]
+        up = self.layer.up
+        down = type(self.layer.down).from_config(config)
+        self._down.copy_rest(down)
+        return [down, type(up).from_config(up.get_config())]
 
     @property
     def quantized(self):

@@ -66,6 +66,10 @@ class Replaceable:
         """
         raise NotImplementedError
 
+    def copy_rest(self, layer: keras.layers.Layer) -> None:
+        """Gives a new layer of the same class, but for its number of codes,
+        the weights beside the kernel and the bias that this one has."""
+
     def _options(self, *names):
         """Constructor arguments of the layer's own, by name."""
         return {name: getattr(self.layer, name) for name in names}

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import number_in
+from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import check_data
 from keras_spectral._internal.snapshot import all_or_nothing
@@ -21,7 +22,6 @@ from keras_spectral.layers import SpectralDense
 from keras_spectral.layers.budgeted import Budgeted
 from keras_spectral.model import surgery
 from keras_spectral.model.hosts import adapter_places
-from keras_spectral.model.hosts import check_model
 from keras_spectral.model.hosts import exchange_members
 from keras_spectral.model.hosts import keep_all
 from keras_spectral.model.hosts import require_adapters

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import keras
 
 from keras_spectral._internal.checks import check_adapter_name
+from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import did_you_mean
 from keras_spectral._internal.layer_tools import all_layers
 from keras_spectral._internal.layer_tools import own_variables
@@ -87,8 +88,8 @@ def require_adapters(
 
 
 def require_plain(model: keras.Model) -> None:
-    """Raises a ValueError if a model has adapters."""
-    if hosts(model):
+    """Raises a ValueError if it is no model, or one that has adapters."""
+    if hosts(check_model(model)):
         raise ValueError(
             f"Model '{model.name}' has adapters. Expected a plain one: merge "
             "or unwrap it first."
@@ -270,11 +271,3 @@ def keep_all(model: keras.Model, snapshot: Snapshot) -> None:
     for member in members(model):
         own = member._non_trainable_variables
         snapshot.keep_values(w for w in own if len(w.shape) == 0)
-
-
-def check_model(model: keras.Model) -> None:
-    """Raises a ValueError unless it is a Keras model or layer."""
-    if not isinstance(model, keras.layers.Layer):
-        raise ValueError(
-            f"Received a {type(model).__name__}. Expected a Keras model."
-        )

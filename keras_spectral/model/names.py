@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral._internal.snapshot import insist
@@ -15,7 +16,6 @@ from keras_spectral.layers.member import set_all_strengths
 from keras_spectral.model import surgery
 from keras_spectral.model import training
 from keras_spectral.model.hosts import Names
-from keras_spectral.model.hosts import check_model
 from keras_spectral.model.hosts import check_new_name
 from keras_spectral.model.hosts import chosen_names
 from keras_spectral.model.hosts import keep_all

@@ -7,7 +7,6 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._internal.checks import check_choice
-from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_whole
 from keras_spectral._internal.snapshot import all_or_nothing
@@ -70,11 +69,10 @@ def quantize_with_lora(
     >>> before > after > 0
     True
     """
-    check_model(model)
+    require_plain(model)
     check_choice(mode, "mode", ("int8", "int4"))
     check_rank(rank)
     check_whole(rounds, "rounds", 1)
-    require_plain(model)
     chosen = select(model, places(model), target, exclude, LoRADense)
     views = {p.path: kernel_view(subject(p.layer)) for p in chosen}
     for path, view in views.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import keras
 
 from keras_spectral._internal.checks import check_adapter_name
+from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_path
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers import BitFit
@@ -15,7 +16,6 @@ from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model import surgery
 from keras_spectral.model.holders import hidden_holders
 from keras_spectral.model.hosts import HOSTS
-from keras_spectral.model.hosts import check_model
 from keras_spectral.model.kept import bias_places
 from keras_spectral.model.kept import kept_places
 from keras_spectral.model.options import adapter_class_of

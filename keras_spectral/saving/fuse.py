@@ -8,7 +8,6 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._internal.checks import check_choice
-from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_path
 from keras_spectral._internal.layer_tools import own_variables
@@ -73,10 +72,9 @@ def fuse_adapters(
             or of methods that do not fuse so. The model is then as it was.
         FileNotFoundError: There is no such file.
     """
-    check_model(model)
+    require_plain(model)
     check_choice(method, "method", ("columns", "average"))
     weights = _check_weights(files, weights)
-    require_plain(model)
     contents = [_read(file) for file in files]
     heads = [metadata["trainable"] for _, metadata in contents]
     for file, (_, metadata), names in zip(files, contents, heads):

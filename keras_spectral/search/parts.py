@@ -8,7 +8,6 @@ from keras import ops
 
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
-from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import check_whole
@@ -191,7 +190,6 @@ def _active_places(model):
 
 def check_ready(model: keras.Model) -> None:
     """Raises a ValueError unless the model is plain and compiled."""
-    check_model(model)
     require_plain(model)
     if not getattr(model, "compiled", False):
         raise ValueError(

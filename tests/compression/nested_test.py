@@ -74,6 +74,12 @@ def test_fewer_codes_are_a_pair_of_lower_rank(case):
         for got, wanted in zip(kernel_view(thin).pair(), (a, b[..., :rank, :])):
             wanted = wanted[..., : got.shape[-1]]
             np.testing.assert_allclose(_numpy(got), _numpy(wanted), atol=1e-5)
+        narrow = kernel_view(thin)
+        finished = low_rank_layer(narrow, *narrow.pair())
+        assert finished.rank == rank
+        np.testing.assert_allclose(
+            _numpy(finished(x)), _numpy(lower(x)), atol=1e-5, rtol=1e-5
+        )
     thin.active_rank = None
     np.testing.assert_allclose(
         _numpy(thin(x)), _numpy(view.layer(x)), atol=1e-5, rtol=1e-5
@@ -252,6 +258,8 @@ def test_what_cannot_be_nested():
     for function in (ks.nest_ranks, ks.finalize_ranks):
         with pytest.raises(ValueError, match="has no LowRank layers"):
             function(_model())
+        with pytest.raises(ValueError, match="Received a list"):
+            function([1])
     with pytest.raises(ValueError, match="has no LowRank layers"):
         ks.set_rank(_model(), 0.5)
     for options in ({"lowest": 1.0}, {"whole": 1.0}, {"seed": 0.5}):
