@@ -15,6 +15,7 @@ be stopped at any time and started with other methods in a second process.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -404,31 +405,66 @@ def table(args: argparse.Namespace, show: Console) -> None:
     show.print(found)
 
 
+def draw(rows: list[dict], axes: Any) -> None:
+    """Test accuracy over trained weights, a point a method.
+
+    Args:
+        rows: What `summarise` gives.
+        axes: Matplotlib's.
+    """
+    colors = []
+    for row in rows:
+        mean = 100 * row["accuracy"]
+        spread = [[mean - 100 * row["low"]], [100 * row["high"] - mean]]
+        point = axes.errorbar(row["weights"], mean, spread, fmt="o", capsize=3)
+        colors.append(point[0].get_color())
+    axes.set_xscale("log")
+    axes.set_xlabel("trained weights beside the head's 770")
+    axes.set_ylabel("test accuracy, %, of 3 seeds")
+    axes.margins(x=0.15, y=0.1)
+    axes.grid(alpha=0.25)
+    label(rows, colors, axes)
+
+
+def label(rows: list[dict], colors: list[str], axes: Any) -> None:
+    """Names beside the points, each where it meets no other one."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    points = [(row["weights"], 100 * row["accuracy"]) for row in rows]
+    taken = [
+        Bbox.from_bounds(x - 4, y - 4, 8, 8)
+        for x, y in axes.transData.transform(points)
+    ]
+    sides = (7, "left"), (-7, "right")
+    offsets = list(itertools.product((0, 9, -9, 18, -18, 27), sides))
+    for row, color, point in zip(rows, colors, points):
+        text = axes.annotate(
+            row["method"],
+            point,
+            (0, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=color,
+        )
+        for height, (side, align) in offsets:
+            text.set(position=(side, height), ha=align)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+
 def plot(args: argparse.Namespace, show: Console) -> None:
-    """Accuracy against trained weights, a point a method."""
+    """`draw` as a file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for row in summarise(read_lines(args.out)):
-        mean = 100 * row["accuracy"]
-        below, above = mean - 100 * row["low"], 100 * row["high"] - mean
-        axes.errorbar(
-            row["weights"], mean, [[below], [above]], fmt="o", capsize=2
-        )
-        axes.annotate(
-            row["method"],
-            (row["weights"], mean),
-            (4, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axes.set_xscale("symlog", linthresh=1000)
-    axes.set_xlabel("trained weights beside the head's 770")
-    axes.set_ylabel("SST-2 test accuracy, %: mean and range of 3 seeds")
-    axes.grid(alpha=0.3)
+    draw(summarise(read_lines(args.out)), axes)
     figure.savefig(args.picture, dpi=150)
     show.print(args.picture)
 

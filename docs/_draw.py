@@ -31,11 +31,11 @@ plt.rcParams.update(
 )
 
 
-def all_pictures(folder: pathlib.Path, study_rows: list[dict]) -> None:
+def all_pictures(folder: pathlib.Path, study, rows: list[dict]) -> None:
     """Writes every picture of the site as SVG."""
     for draw in (pair, tree, views, host, spectrum, gates, transfer, blocks):
         save(draw(), folder / f"{draw.__name__}.svg")
-    save(accuracy(study_rows), folder / "accuracy.svg")
+    save(accuracy(study, rows), folder / "accuracy.svg")
 
 
 def save(figure, path: pathlib.Path) -> None:
@@ -332,25 +332,8 @@ def blocks():
     return figure
 
 
-def accuracy(rows: list[dict]):
-    """Test accuracy over trained weights, a point a method."""
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for row in rows:
-        mean = 100 * row["accuracy"]
-        spread = [[mean - 100 * row["low"]], [100 * row["high"] - mean]]
-        axes.errorbar(
-            row["weights"], mean, spread, fmt="o", capsize=3, color=ORANGE
-        )
-        axes.annotate(
-            row["method"],
-            (row["weights"], mean),
-            (7, 5),
-            textcoords="offset points",
-            fontsize=11,
-        )
-    axes.set_xscale("symlog", linthresh=1000)
-    axes.set_xlabel("trained weights beside the classifier's 770")
-    axes.set_ylabel("test accuracy, %")
-    axes.margins(x=0.15, y=0.1)
-    axes.grid(alpha=0.25)
+def accuracy(study, rows: list[dict]):
+    """The study's own picture, by `benchmarks/study.py`."""
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    study.draw(rows, axes)
     return figure

@@ -35,7 +35,7 @@ def everything(docs: pathlib.Path) -> None:
     lines = study.read_lines(docs.parent / "benchmarks" / "study.jsonl")
     rows = study.summarise(lines)
     write(made / "study.md", study_table(study, rows))
-    _draw.all_pictures(made, rows)
+    _draw.all_pictures(made, study, rows)
     copy_notebooks(docs.parent / "notebooks", docs / "notebooks")
 
 
