@@ -94,7 +94,7 @@ def lay_out(
     asked = _rule(rules, path, [weight.path for weight in base.weights])
     axes = [None] * len(shape)
     if hasattr(view, "row_axes") and len(shape) == 2:
-        rows, columns = _split_axes(view, rules.device_mesh)
+        rows, columns = split_axes(view, rules.device_mesh)
         if shape[0] == view.n_in:
             axes[0] = rows
         if shape[1] == view.n_out and columns != axes[0]:
@@ -136,7 +136,7 @@ def _rule(
     return fitting[path]
 
 
-def _split_axes(view, mesh):
+def split_axes(view, mesh):
     """The mesh axes that split the kernel's rows and its columns, or None."""
     if view.kernel_name is None:
         return None, None

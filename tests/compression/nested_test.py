@@ -228,6 +228,21 @@ def test_a_trained_optimizer_keeps_to_the_new_layers():
     assert all(layer.lowest == 0.25 for layer in _pairs(small))
 
 
+def test_what_was_set_before_stays():
+    small = _small()
+    ks.set_rank(small, 0.5)
+    small.get_layer("one").trainable = False
+    ranks = [layer.active_rank for layer in _pairs(small)]
+    for function in (ks.nest_ranks, ks.finalize_ranks):
+        function(small)
+        one, two = _pairs(small)
+        assert not one.trainable_weights and two.trainable_weights
+        if function is ks.nest_ranks:
+            assert [one.active_rank, two.active_rank] == ranks
+        else:
+            assert [one.rank, two.rank] == ranks
+
+
 def test_adapters_stand_on_the_codes_in_use():
     small = ks.compress_model(
         _model(), 0.3, method="uniform", exclude="head", recover="lora"
