@@ -74,7 +74,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "orthogonal_adaptation": ("orthogonal_adaptation", QUERY_VALUE, MIDDLE),
     "adalora": ("adalora", QUERY_VALUE | {"alpha": 32}, MIDDLE),
     "dylora": ("dylora", QUERY_VALUE, MIDDLE),
-    "deep_lora": ("deep_lora", {"target": "attention"}, MIDDLE),
+    "deep_lora": ("deep_lora", QUERY_VALUE, MIDDLE),
     "conditional_spectral": (
         "conditional_spectral",
         {"target": "all-linear"},
@@ -114,7 +114,7 @@ def take(inputs: dict, labels, rows) -> tuple[dict, Any]:
     return {k: array[rows] for k, array in inputs.items()}, labels[rows]
 
 
-def build(name: str, seed: int) -> Any:
+def build(name: str, seed: int, case: Case) -> Any:
     """The classifier with the method around it, drawn by the seed."""
     import keras
     from _minilm import build_classifier
@@ -128,8 +128,20 @@ def build(name: str, seed: int) -> Any:
         for layer in model.backbone.layers:
             layer.trainable = layer is model.backbone.pooled_dense
     elif method != "full":
+        if method == "deep_lora":
+            options = options | {"gradients": first_gradients(model, case)}
         ks.wrap_model(model, method, **options)
     return model
+
+
+def first_gradients(model: Any, case: Case) -> dict:
+    """The kernels' gradients on 64 training sentences."""
+    import numpy as np
+
+    import keras_spectral as ks
+
+    data = take(*case.train, np.arange(64))
+    return ks.kernel_gradients(model, data, "attention", batch_size=64)
 
 
 def make_optimizer() -> Any:
@@ -159,7 +171,7 @@ class Trainer:
         import keras
 
         self.name, self.case, self.held = name, case, {}
-        self.model = build(name, 0)
+        self.model = build(name, 0, case)
         self.seed = 0
         self.start = values_of(self.model)
         self.model.compile(
@@ -178,7 +190,7 @@ class Trainer:
         import keras_spectral as ks
 
         if seed != self.seed:
-            self.start = values_of(build(self.name, seed))
+            self.start = values_of(build(self.name, seed, self.case))
             self.seed = seed
             gc.collect()
         for variable, value in zip(self.model.variables, self.start):
