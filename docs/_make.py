@@ -1,5 +1,6 @@
 """Makes what the site needs before Sphinx reads it: tables, notebooks."""
 
+import base64
 import importlib.util
 import json
 import pathlib
@@ -54,19 +55,30 @@ def copy_notebooks(source: pathlib.Path, to: pathlib.Path) -> None:
         for cell in notebook["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
+                unpack(cell, to, path.stem)
                 titles = [x for x in text.splitlines() if x.startswith("#")]
                 heading = titles[-1].strip("# ") if titles else heading
                 continue
             about = cell["metadata"].setdefault("mystnb", {})
             about = about.setdefault("image", {})
-            about.setdefault("alt", f"Figure of the section “{heading}”")
-            tags = cell["metadata"].setdefault("tags", [])
-            if "solution" in tags and "hide-input" not in tags:
-                tags.append("hide-input")
+            text = f"Figure of the section “{heading}”"
+            about.setdefault("alt", cell["metadata"].get("alt", text))
+            if cell["metadata"].get("jupyter", {}).get("source_hidden"):
+                cell["metadata"].setdefault("tags", []).append("hide-input")
         write(to / path.name, json.dumps(notebook))
-    for old in to.glob("*.ipynb"):
-        if not (source / old.name).exists():
+    for old in to.glob("*.*"):
+        if not (source / f"{old.stem}.ipynb").exists():
             old.unlink()
+
+
+def unpack(cell: dict, to: pathlib.Path, stem: str) -> None:
+    """Writes the pictures in a cell of text as files, which Sphinx can read."""
+    for name, data in cell.pop("attachments", {}).items():
+        file = to / f"{stem}{pathlib.Path(name).suffix}"
+        file.write_bytes(base64.b64decode(data["image/png"]))
+        cell["source"] = "".join(cell["source"]).replace(
+            f"attachment:{name}", file.name
+        )
 
 
 def options_table() -> str:
@@ -136,7 +148,8 @@ def weights_of(study) -> dict[str, int]:
     model = keras_hub.models.BertTextClassifier(backbone, num_classes=2)
     counts = {}
     for name, (method, options, _) in study.METHODS.items():
-        if method in ("head", "full"):
+        # Deep LoRA needs data to start from: the study has counted it.
+        if method in ("head", "full", "deep_lora"):
             continue
         with warnings.catch_warnings(action="ignore"):
             ks.wrap_model(model, method, **options)

@@ -1,5 +1,6 @@
 """What the tutorials share, and the tool that builds them."""
 
+import base64
 import importlib.util
 import logging
 import os
@@ -18,6 +19,14 @@ from keras_spectral.course import data as course_data
 pytestmark = pytest.mark.once
 
 TUTORIALS = pathlib.Path(__file__).parent.parent / "tutorials"
+SOURCES = sorted(TUTORIALS.glob("[0-9][0-9]_*.py"))
+PICTURE = '# %% tags=["picture"] alt="A dot."'
+# A picture of one pixel.
+DOT = (
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c63600000000200014873a4710000000049454e44ae426082"
+)
+FOLDED = {"plot", "checks", "solution"}
 
 
 @pytest.fixture
@@ -112,20 +121,55 @@ def test_solutions_are_folded_in_notebooks(tmp_path, monkeypatch):
     build = _build()
     source = tmp_path / "01_page.py"
     first = (TUTORIALS / "01_quickstart.py").read_text().split("# %%")[0]
-    source.write_text(
-        first + '# %%\nprint(2)\n\n# %% tags=["solution"]\nprint(3)\n'
+    text = "# %% [markdown]\n# # A page\n\n# %%\nprint(2)\n\n"
+    text += '# %% tags=["solution"]\nprint(3)\n\n'
+    source.write_text(first + text)
+    with pytest.raises(ValueError, match="01_page.py shows no picture"):
+        build.build(source)
+    (tmp_path / "02_other.py").write_text(
+        first + "# %% [markdown]\n# # Another\n# One.\n"
     )
+    draw = "from IPython.display import Image, display\n"
+    draw += f"display(Image(bytes.fromhex('{DOT}')))\n"
+    source.write_text(first + text + f"{PICTURE}\n{draw}")
     monkeypatch.setattr(build, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(build, "TUTORIALS", tmp_path / "tutorials")
     assert build.build(source) and build.check(source)
     page = jupytext.read(tmp_path / "01_page.ipynb")
-    assert "jupyter" not in page.cells[0].metadata
-    assert page.cells[1].metadata["jupyter"] == {"source_hidden": True}
-    assert page.cells[1].outputs[0].text == "3\n"
+    assert "jupyter" not in page.cells[2].metadata
+    assert page.cells[3].metadata["jupyter"] == {"source_hidden": True}
+    assert page.cells[3].outputs[0].text == "3\n"
+    shown = page.cells[1].attachments["picture.png"]["image/png"]
+    assert base64.b64decode(shown).hex() == DOT
+    assert page.cells[1].source == "![A dot.](attachment:picture.png)"
+    assert page.cells[-2].source == "Next: [Another](02_other.ipynb)."
     source.write_text(first + "# %%\nprint(4)\n")
     assert not build.check(source)
     source.write_text(first + "# %%\nraise ValueError\n")
     assert not build.run(source, "torch")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_pages_are_short_and_open_with_a_picture(source):
+    cells = jupytext.read(source).cells
+    seen = [
+        cell
+        for cell in cells
+        if cell.cell_type == "code"
+        and not FOLDED & set(cell.metadata.get("tags", ()))
+    ]
+    pictures = [c for c in cells if "picture" in c.metadata.get("tags", ())]
+    assert len(pictures) == 1 and len(pictures[0].metadata["alt"]) > 40
+    lines = [
+        line
+        for cell in seen
+        for line in cell.source.splitlines()
+        if line.strip() and not line.strip().startswith("#")
+    ]
+    assert len(lines) <= 120
+    assert not any(line.strip().startswith("assert") for line in lines)
+    assert any("checks" in cell.metadata.get("tags", ()) for cell in cells)
+    assert any("solution" in cell.metadata.get("tags", ()) for cell in cells)
 
 
 def test_download_says_what_it_takes(monkeypatch):

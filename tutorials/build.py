@@ -1,5 +1,10 @@
 """Builds notebooks/NN_topic.ipynb, with outputs, from tutorials/NN_topic.py.
 
+A source is a script in jupytext's percent format. Tags of its cells: the
+output of `picture` is shown below the title as well, with the cell's `alt` as
+its text; `plot`, `checks` and `solution` are folded. At the end of a notebook
+stand links to its neighbours and what it was built with.
+
 `python tutorials/build.py` runs and writes them all, or those that are named
 (`01_quickstart`). `--check` runs nothing: it fails if the input cells of a
 notebook differ from its source. `--run` runs the sources as scripts, each on
@@ -29,6 +34,7 @@ NOTEBOOKS = TUTORIALS.parent / "notebooks"
 PACKAGES = ("keras", "keras-hub", "keras-spectral", "numpy")
 BACKENDS = ("jax", "torch", "tensorflow")
 EVERYWHERE = ("01", "13")
+FOLDED = {"plot", "checks", "solution"}
 MACHINE_PATH = re.compile(r"/(home|root|tmp|usr|work|Users)/|[A-Z]:\\\\")
 
 
@@ -95,7 +101,7 @@ def build(source):
         cell.id = f"cell-{number}"
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
-            if "solution" in cell.metadata.get("tags", ()):
+            if FOLDED & set(cell.metadata.get("tags", ())):
                 cell.metadata["jupyter"] = {"source_hidden": True}
             # Frameworks log their start on stderr, with machine paths.
             cell.outputs = [
@@ -110,9 +116,9 @@ def build(source):
                 )
     versions = built_with()
     text = ", ".join(f"{name} {value}" for name, value in versions.items())
-    note = nbformat.v4.new_markdown_cell(f"*Built with {text}.*")
-    note.id, note.metadata["built"] = "built", True
-    notebook.cells.append(note)
+    notebook.cells.insert(1, opening(source, notebook))
+    notebook.cells.append(added("neighbours", neighbours(source)))
+    notebook.cells.append(added("built", f"*Built with {text}.*"))
     notebook.metadata = {
         "kernelspec": notebook.metadata["kernelspec"],
         "keras_spectral": versions,
@@ -122,6 +128,45 @@ def build(source):
     nbformat.write(notebook, path)
     print(f"built {path.relative_to(TUTORIALS.parent)}")
     return True
+
+
+def added(name, text, **parts):
+    """A cell that the source does not have."""
+    cell = nbformat.v4.new_markdown_cell(text, **parts)
+    cell.id, cell.metadata["built"] = name, True
+    return cell
+
+
+def opening(source, notebook):
+    """The picture of the page, to stand below its title."""
+    for cell in notebook.cells:
+        if "picture" in cell.metadata.get("tags", ()):
+            images = [
+                output.data["image/png"]
+                for output in cell.outputs
+                if "image/png" in output.get("data", ())
+            ]
+            if images and cell.metadata.get("alt"):
+                text = f"![{cell.metadata['alt']}](attachment:picture.png)"
+                data = {"picture.png": {"image/png": images[-1]}}
+                return added("opening", text, attachments=data)
+    raise ValueError(
+        f"{source.name} shows no picture. Expected a cell that draws one, "
+        'with tags=["picture"] and alt="what is to be seen".'
+    )
+
+
+def neighbours(source):
+    """Links to the pages before and after."""
+    pages = sorted(source.parent.glob("[0-9][0-9]_*.py"))
+    place = pages.index(source)
+    links = []
+    for word, other in (("Before", place - 1), ("Next", place + 1)):
+        if 0 <= other < len(pages):
+            title = jupytext.read(pages[other]).cells[0].source.splitlines()[0]
+            name = f"{pages[other].stem}.ipynb"
+            links.append(f"{word}: [{title.lstrip('# ')}]({name}).")
+    return "\\\n".join(links)
 
 
 def check(source):

@@ -8,7 +8,9 @@ from keras_spectral.course.data import digits
 from keras_spectral.course.data import fashion
 from keras_spectral.course.data import images
 from keras_spectral.course.data import sentences
+from keras_spectral.course.models import Encoder
 from keras_spectral.course.models import Pretrained
+from keras_spectral.course.models import minilm
 from keras_spectral.course.models import reader
 from keras_spectral.course.models import vision
 from keras_spectral.course.page import FAST
@@ -16,21 +18,25 @@ from keras_spectral.course.page import accuracy
 from keras_spectral.course.page import count
 from keras_spectral.course.page import quiet
 from keras_spectral.course.page import show
+from keras_spectral.course.page import table
 from keras_spectral.course.page import train
 
 __all__ = [
     "FAST",
     "Data",
+    "Encoder",
     "Pretrained",
     "accuracy",
     "count",
     "digits",
     "fashion",
     "images",
+    "minilm",
     "quiet",
     "reader",
     "sentences",
     "show",
+    "table",
     "train",
     "vision",
 ]

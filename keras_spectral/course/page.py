@@ -9,6 +9,8 @@ from typing import Any
 
 import keras
 import numpy as np
+import rich.console
+import rich.table
 
 # Fewer epochs and examples, so that a tutorial ends in under a minute.
 FAST = os.environ.get("FAST", "0") == "1"
@@ -62,6 +64,18 @@ def accuracy(model: keras.Model, x: Any, y: np.ndarray) -> float:
 def count(weights: Iterable[keras.Variable]) -> int:
     """The number of scalars in some weights."""
     return sum(int(np.prod(weight.shape)) for weight in weights)
+
+
+def table(
+    title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]
+) -> None:
+    """Prints rows under headings; the first column is on the left."""
+    found = rich.table.Table(title=title)
+    for place, heading in enumerate(headings):
+        found.add_column(heading, justify="right" if place else "left")
+    for row in rows:
+        found.add_row(*row)
+    rich.console.Console(width=96).print(found)
 
 
 def show(figure, name: str) -> None:
