@@ -11,6 +11,8 @@ from keras import layers
 from keras import ops
 
 import keras_spectral as ks
+from keras_spectral._internal.snapshot import Snapshot
+from keras_spectral.layers.kernel_host import KernelHost
 
 _HOME = str(pathlib.Path(ks.__file__).parent)
 # For each of six operations; where a model's `fit` is compiled, a few.
@@ -141,3 +143,44 @@ def test_interrupted_at_random_moments(name, file):
             # A fresh optimizer is another object each time.
             assert all(same[:6]), (name, moment, same)
             model = None
+
+
+@pytest.mark.parametrize("place", ["computed", "written"])
+def test_merging_ends_what_it_has_begun_to_write(place, monkeypatch):
+    expected = ops.convert_to_numpy(ks.merge_model(_wrapped())(_x()))
+    model, calls = _wrapped(), []
+
+    def stop(method):
+        def stopped(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return method(*args)
+
+        return stopped
+
+    if place == "computed":
+        change = KernelHost, "merged_values"
+    else:
+        change = keras.Variable, "assign"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(*change, stop(getattr(*change)))
+        ks.merge_model(model)
+    assert len(calls) >= 3  # two layers, and once more
+    found = ops.convert_to_numpy(model(_x()))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert [type(layer) for layer in model.layers][0] is layers.Dense
+    with pytest.raises(ValueError, match="no adapters"):
+        ks.unwrap_model(model)
+
+
+def test_merging_keeps_values_of_no_kernel(monkeypatch):
+    model = _wrapped()
+    kept = []
+    monkeypatch.setattr(
+        Snapshot,
+        "keep_values",
+        lambda self, variables: kept.extend(v.shape for v in variables),
+    )
+    ks.merge_model(model)
+    assert not any(len(shape) > 1 for shape in kept)

@@ -5,7 +5,9 @@ import pytest
 from keras import ops
 
 import keras_spectral as ks
+from keras_spectral._internal.linalg import all_finite
 from keras_spectral.kernels import kernel_view
+from keras_spectral.kernels import view as view_module
 
 CASES = pytest.mark.parametrize(
     "case", layer_cases.ALL, ids=lambda case: case.name
@@ -49,6 +51,29 @@ def test_sizes_and_matrix_round_trip(case):
     view.assign(view.matrix())
     for weight, value in zip(layer.weights, before):
         np.testing.assert_array_equal(weight.numpy(), value)
+
+
+@CASES
+def test_blocks_of_rows_are_the_matrix(case, monkeypatch):
+    view = kernel_view(_linear(case))
+    monkeypatch.setattr(view_module, "_BLOCK", 2 * view.n_out)
+    matrix = ops.convert_to_numpy(view.matrix())
+    starts = []
+    for place, rows in view.row_blocks():
+        starts.append(place.start)
+        assert rows.dtype == view.matrix().dtype
+        np.testing.assert_array_equal(ops.convert_to_numpy(rows), matrix[place])
+    assert starts == list(range(0, view.n_in, 2))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_finite_matrices_are_told_from_others(bad):
+    matrix = np.full((3, 5), 3e38, "float32")
+    assert all_finite(ops.convert_to_tensor(matrix))
+    matrix[1, 2] = bad
+    assert not all_finite(ops.convert_to_tensor(matrix))
+    matrix[1, 3] = -bad
+    assert not all_finite(ops.convert_to_tensor(matrix))
 
 
 def _scaled(case, by):

@@ -124,6 +124,17 @@ def pair_along(matrix, v):
     return a / root, _transpose(v * root)
 
 
+def all_finite(matrix):
+    """Whether no number of a matrix (rows x columns) is NaN or infinite.
+
+    By the means of its rows: one reading, where `isfinite` fills a matrix of
+    its own.
+    """
+    columns = matrix.shape[-1]
+    share = ops.full((columns, 1), 1 / columns, matrix.dtype)
+    return ops.all(ops.isfinite(ops.matmul(matrix, share)))
+
+
 def block_diagonal(blocks):
     """A numpy matrix with blocks (parts, rows, columns) on its diagonal."""
     parts, rows, columns = blocks.shape

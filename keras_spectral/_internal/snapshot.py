@@ -63,6 +63,13 @@ class Snapshot:
         for variable, value in self._values:
             variable.assign(value)
 
+    def forget(self) -> None:
+        """Keeps nothing any more: what has happened is not undone."""
+        for kept in (self._classes, self._containers):
+            kept.clear()
+        for kept in (self._flags, self._values):
+            kept.clear()
+
     def _keep_container(self, value):
         if isinstance(value, tuple):
             for item in value:
@@ -92,6 +99,22 @@ def all_or_nothing() -> Iterator[Snapshot]:
     except BaseException:
         insist(snapshot.restore)
         raise
+
+
+def finish(function) -> None:
+    """Calls a function that can be called again until it has ended.
+
+    An interruption (Ctrl-C) waits until then.
+    """
+    stopped = None
+    while True:
+        try:
+            function()
+            break
+        except KeyboardInterrupt as interruption:
+            stopped = interruption
+    if stopped is not None:
+        raise stopped
 
 
 def insist(function) -> None:

@@ -57,7 +57,7 @@ def finalize_transfer(model: keras.Model) -> keras.Model:
             )
     for copy in hosts(model):
         if isinstance(copy, TrainedCopy):
-            copy.fold()
+            copy.merge()
     with unwrapped(model):
         config = plain_config(model, [adapter.layer for adapter in adapters])
         swaps = {a.layer: _finished(a) for a in adapters}

@@ -17,6 +17,7 @@ from keras import ops
 from rich.console import Console
 from rich.progress import Progress
 
+from keras_spectral._backend import without_gradients
 from keras_spectral._internal.checks import check_path
 from keras_spectral._internal.files import write_safetensors
 from keras_spectral._internal.linalg import randomized_svd
@@ -60,7 +61,8 @@ def factorize(
     requests = list(requests)
     cache = _Cache(svd_cache) if svd_cache is not None else None
     found: dict[int, Triplets] = {}
-    with LateProgress("factorising kernels", len(requests)) as progress:
+    progress = LateProgress("factorising kernels", len(requests))
+    with progress, without_gradients():
         for batch in _batches(requests):
             count = requests[batch[0]][1]
             kernels = {i: requests[i][0].finite_matrix() for i in batch}
@@ -73,7 +75,7 @@ def factorize(
                 found |= {i: t for i, t in known.items() if t is not None}
             missing = [i for i in batch if i not in found]
             if missing:
-                stack = ops.stack([kernels[i] for i in missing])
+                stack = _stacked([kernels[i] for i in missing])
                 factors = leading_triplets(stack, count)
                 found |= {
                     i: Triplets(*(f[n] for f in factors))
@@ -84,6 +86,13 @@ def factorize(
                     cache.put(paths[i], found[i])
             progress.advance(len(batch))
     return [_float32(found[i]) for i in range(len(requests))]
+
+
+def _stacked(kernels):
+    """Kernels as one tensor; a single one is not copied."""
+    if len(kernels) == 1:
+        return ops.expand_dims(kernels[0], 0)
+    return ops.stack(kernels)
 
 
 def _float32(triplets):

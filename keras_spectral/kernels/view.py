@@ -1,17 +1,20 @@
 """The base class of views: a layer's kernel as a matrix."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_spectral._backend import is_in_graph
+from keras_spectral._internal.linalg import all_finite
 from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral._internal.twin import twin
 from keras_spectral._internal.twin import without_ending
 from keras_spectral.kernels.replaceable import Replaceable
 
 _PROBE_ROWS = 512
+_BLOCK = 2**18  # numbers that are computed at a time
 
 
 class KernelView(Replaceable):
@@ -95,6 +98,19 @@ class KernelView(Replaceable):
         variable = self.variable()
         return self.to_matrix(ops.cast(variable, wide_dtype(variable.dtype)))
 
+    def row_blocks(self):
+        """`matrix()`, some rows after the others.
+
+        Yields:
+            A slice of the rows, and these rows.
+        """
+        matrix = self.to_matrix(self.variable())
+        dtype = wide_dtype(matrix.dtype)
+        count = max(1, _BLOCK // self.n_out)
+        for start in range(0, self.n_in, count):
+            place = slice(start, start + count)
+            yield place, ops.cast(matrix[place], dtype)
+
     def rows(self, numbers: list[int]):
         """Some rows of `matrix`, in float32, without the cost of all."""
         if self.quantized:
@@ -105,7 +121,7 @@ class KernelView(Replaceable):
     def finite_matrix(self):
         """`matrix()`; a ValueError if it holds a NaN or an infinity."""
         matrix = self.matrix()
-        finite = ops.all(ops.isfinite(matrix))
+        finite = all_finite(matrix)
         if not is_in_graph(finite) and not finite:
             raise ValueError(
                 f"The kernel of layer {self.label} holds NaN or infinite "
@@ -301,6 +317,7 @@ class KernelView(Replaceable):
         return ops.reshape(answer, (count, self.n_out))
 
 
-def wide_dtype(dtype: str) -> str:
+def wide_dtype(dtype: Any) -> str:
     """The dtype to compute in for numbers of a dtype: float32 or float64."""
-    return "float64" if dtype == "float64" else "float32"
+    wide = keras.backend.standardize_dtype(dtype) == "float64"
+    return "float64" if wide else "float32"

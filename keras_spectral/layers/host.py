@@ -100,6 +100,29 @@ class Host(keras.layers.Wrapper):
         """
         raise NotImplementedError
 
+    def merged_values(self, members: list | None = None) -> tuple:
+        """What the base's weights become with members folded in.
+
+        Returns:
+            Pairs of a variable and its new value, and the share of the change
+            that kernels of 16 bits cannot take.
+
+        Raises:
+            ValueError: A member cannot be merged, or is off.
+        """
+        raise NotImplementedError
+
+    def check_merge(self, members: list | None = None) -> None:
+        """Raises the ValueError that `merged_values` would raise."""
+        self.merged_values(members)
+
+    def merge(self, members: list | None = None) -> float:
+        """Writes `merged_values` into the base; returns what is lost."""
+        values, loss = self.merged_values(members)
+        for variable, value in values:
+            variable.assign(value)
+        return loss
+
     def get_config(self):
         config = super().get_config()
         config.pop("activity_regularizer", None)

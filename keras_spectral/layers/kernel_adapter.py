@@ -129,6 +129,12 @@ class KernelAdapter(AdapterLayer, KernelHost):
         """Whether `factors` is there, and worth keeping as it is."""
         return hasattr(self, "factors")
 
+    @property
+    def is_plain_pair(self) -> bool:
+        """Whether the change of the kernel is `scale * A B` and no more."""
+        own = type(self).delta_matrix is not KernelAdapter.delta_matrix
+        return hasattr(self, "factors") and not (own or self.forms_kernel)
+
     def give_triplets(self, triplets: Triplets):
         """Factors made elsewhere, together with others or from a cache."""
         self._triplets = triplets
@@ -270,14 +276,18 @@ class KernelAdapter(AdapterLayer, KernelHost):
         return outputs + ops.cast(self.amount_of(shift), outputs.dtype)
 
     def scaled(self, a, b):
-        """A pair in the compute dtype, scale and strength in B.
+        """A pair in the compute dtype, scale and strength in B."""
+        return (ops.cast(x, self.compute_dtype) for x in self._strong(a, b))
 
-        Switched off both are zero, whatever they hold: NaN times 0 is NaN.
-        """
+    def strong_pair(self):
+        """`factors` in their own dtype, scale and strength in B."""
+        return self._strong(*self.factors())
+
+    def _strong(self, a, b):
+        # Switched off both are zero, whatever they hold: NaN times 0 is NaN.
         a, amount = ops.convert_to_tensor(a), self.amount
         on = ops.not_equal(amount, 0.0)
-        a, b = ops.where(on, a, 0.0), ops.where(on, b * amount, 0.0)
-        return (ops.cast(x, self.compute_dtype) for x in (a, b))
+        return ops.where(on, a, 0.0), ops.where(on, b * amount, 0.0)
 
     def unless_off(self, weight):
         """A weight, zeros when off: TensorFlow cannot solve for NaN."""

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_spectral._internal.checks import is_small
+from keras_spectral._internal.linalg import all_finite
 from keras_spectral._internal.twin import without_ending
 from keras_spectral.kernels.view import wide_dtype
 from keras_spectral.layers.host import Host
@@ -77,44 +78,72 @@ class KernelHost(Host):
             ValueError: It holds a NaN or an infinity, the base is quantised,
                 or a member is switched off or cannot be merged.
         """
+        return whole([rows for rows, _ in self.merged_rows(members)])
+
+    def merged_rows(self, members=None):
+        """`merged_matrix`, some rows after the others.
+
+        So only a part of the kernel is in float32 at any time, and is still
+        in the processor's cache where it is read again.
+
+        Yields:
+            Rows, and what changes add to them.
+        """
         members = self.members() if members is None else members
         for member in members:
             member.check_mergeable()
             member.check_active()
         self.view.check_assignable()
-        matrix = self.view.matrix()
-        total = matrix + ops.cast(_total(members), matrix.dtype)
-        if not ops.all(ops.isfinite(total)):
-            raise ValueError(
-                f"The merged kernel of layer '{self.name}' holds NaN or "
-                "infinite values, so nothing was merged. The training "
-                "probably diverged: load an earlier adapter file."
-            )
-        return total
+        changes = _Changes(members)
+        for place, rows in self.view.row_blocks():
+            change = ops.cast(changes.rows(place), rows.dtype)
+            rows = rows + change
+            if not all_finite(rows):
+                raise ValueError(
+                    f"The merged kernel of layer '{self.name}' holds NaN or "
+                    "infinite values, so nothing was merged. The training "
+                    "probably diverged: load an earlier adapter file."
+                )
+            yield rows, change
 
-    def merge(self, members=None) -> float:
-        """Folds changes into the base's kernel and bias.
-
-        Returns:
-            The share of the change that a kernel of 16 bits could not take,
-            by the Frobenius norm.
-        """
+    def check_merge(self, members=None):
         members = self.members() if members is None else members
-        bias = self.merged_bias(members)
+        if all(m.only_bias for m in members):
+            super().check_merge(members)
+        else:
+            for _ in self.merged_rows(members):
+                pass
+
+    def merged_values(self, members=None):
+        """As of all hosts; what is lost is measured by Frobenius norms."""
+        members = self.members() if members is None else members
+        values, loss = [], 0.0
         if all(m.only_bias for m in members):
             for member in members:
                 member.check_active()
-            self.take_bias(bias)
-            return 0.0
-        matrix = self.merged_matrix(members)
-        change = _total(members)
-        self.view.assign(matrix)
-        self.take_bias(bias)
-        if not is_small(self.view.variable().dtype):
-            return 0.0
-        lost, size = ops.norm(self.view.matrix() - matrix), ops.norm(change)
-        lost = ops.convert_to_numpy(lost / ops.maximum(size, 1e-30))
-        return float(lost)
+        else:
+            matrix, loss = self._rounded(members)
+            values.append((self.view.variable(), self.view.kernel(matrix)))
+        bias = self.merged_bias(members)
+        if bias is not None:
+            variable = self._bias()
+            values.append((variable, ops.cast(bias, variable.dtype)))
+        return values, loss
+
+    def _rounded(self, members):
+        """The merged matrix in the kernel's dtype, and what that loses."""
+        dtype = self.view.variable().dtype
+        merged, lost, size = [], 0.0, 0.0
+        for rows, change in self.merged_rows(members):
+            merged.append(ops.cast(rows, dtype))
+            if is_small(dtype):
+                rest = ops.cast(merged[-1], rows.dtype) - rows
+                lost = lost + ops.sum(ops.square(rest))
+                size = size + ops.sum(ops.square(change))
+        if is_small(dtype):
+            lost = ops.sqrt(lost / ops.maximum(size, 1e-30))
+            lost = float(ops.convert_to_numpy(lost))
+        return whole(merged), lost
 
     def merged_bias(self, members=None):
         """Bias plus changes, in 32 bits or more; None where there are none."""
@@ -130,12 +159,6 @@ class KernelHost(Host):
         bias = self._bias()
         total = ops.cast(bias, wide_dtype(bias.dtype))
         return total + ops.cast(sum(changes), total.dtype)
-
-    def take_bias(self, bias):
-        """Writes what `merged_bias` gave into the base."""
-        if bias is not None:
-            variable = self._bias()
-            variable.assign(ops.cast(bias, variable.dtype))
 
     def _bias(self):
         """The variable that holds the base's bias, or a norm's shift."""
@@ -166,12 +189,34 @@ def joined(pairs):
     return ops.concatenate(many_a, axis=-1), ops.concatenate(many_b, axis=-2)
 
 
+def whole(blocks):
+    """Blocks of rows as one matrix."""
+    return blocks[0] if len(blocks) == 1 else ops.concatenate(blocks)
+
+
+class _Changes:
+    """What members add to a kernel, at their strengths, by its rows."""
+
+    def __init__(self, members):
+        thin = [m for m in members if m.is_plain_pair]
+        self.pair = joined(m.strong_pair() for m in thin) if thin else None
+        self.total = _total([m for m in members if m not in thin])
+
+    def rows(self, place):
+        """The change (rows x n_out) of the rows of a slice."""
+        if self.pair is None:
+            return self.total[place]
+        change = ops.matmul(self.pair[0][place], self.pair[1])
+        return change if self.total is None else change + self.total[place]
+
+
 def _total(members):
     """The sum of what the members add to the kernel, at their strengths."""
-    parts = []
+    total = None
     for member in members:
         delta = member.delta_matrix()
         on = ops.not_equal(member.adapter_strength, 0)
         strength = ops.cast(member.adapter_strength, delta.dtype)
-        parts.append(ops.where(on, strength * delta, ops.zeros_like(delta)))
-    return sum(parts)
+        delta = ops.where(on, strength * delta, ops.zeros_like(delta))
+        total = delta if total is None else total + delta
+    return total

@@ -40,11 +40,11 @@ class MultiKernelHost(Host):
 
         return self.run_members(run, training)
 
-    def merge(self, members=None) -> float:
-        """Folds changes into the base's kernels, as `KernelHost.merge`."""
+    def merged_values(self, members=None):
+        """As of all hosts, of several kernels."""
         lost = size = 0.0
         members = self.members() if members is None else members
-        merged = {}
+        values = []
         for name, kernel in members[0].kernels().items():
             wide = ops.cast(kernel, wide_dtype(kernel.dtype))
             change = sum(m.delta(name) * m.current_strength() for m in members)
@@ -55,14 +55,13 @@ class MultiKernelHost(Host):
                     "NaN or infinite values, so nothing was merged. The "
                     "training probably diverged: load an earlier adapter file."
                 )
-            merged[name] = kernel, total, change
-        for kernel, total, change in merged.values():
-            kernel.assign(ops.cast(total, kernel.dtype))
+            rounded = ops.cast(total, kernel.dtype)
+            values.append((kernel, rounded))
             if is_small(kernel.dtype):
-                rest = ops.cast(kernel, total.dtype) - total
+                rest = ops.cast(rounded, total.dtype) - total
                 lost += float(ops.sum(ops.square(rest)))
                 size += float(ops.sum(ops.square(change)))
-        return math.sqrt(lost / size) if size else 0.0
+        return values, math.sqrt(lost / size) if size else 0.0
 
 
 class MultiKernelLoRA(AdapterLayer, MultiKernelHost):

@@ -73,8 +73,8 @@ class TrainedCopy(Host):
     averages of a BatchNormalization) is of the copy that trains, else of the
     first active one.
 
-    Dropping the host brings the base back as it was, `fold` gives the base
-    what was trained.
+    Dropping the host brings the base back as it was, `merged_values` is what
+    it would be with what was trained.
 
     Args:
         layer: The base, a layer with weights of its own.
@@ -183,19 +183,21 @@ class TrainedCopy(Host):
         values = _copies(on[0]) if on else {}
         return getattr(self._running_as(values, (*on, None)[0]), name)
 
-    def fold(self, members=None):
-        """Writes what was trained into the base."""
+    def merged_values(self, members=None):
+        """As of all hosts, with what was trained; nothing is lost."""
         members = self._members if members is None else members
         strengths = [m.current_strength() for m in members]
+        values = []
         for i, (variable, first) in enumerate(self._members[0].pairs):
             total = _share(1.0 - sum(strengths), variable, first.dtype)
             for strength, member in zip(strengths, members):
                 copy = member.pairs[i][1]
                 total = total + _share(strength, copy, first.dtype)
-            variable.assign(ops.cast(total, variable.dtype))
+            values.append((variable, ops.cast(total, variable.dtype)))
         live = next((m for m, s in zip(members, strengths) if s), None)
         for variable, copy in live.running if live is not None else ():
-            variable.assign(fresh(copy, variable.dtype))
+            values.append((variable, fresh(copy, variable.dtype)))
+        return values, 0.0
 
     def get_config(self):
         members = [{"adapter_name": m.adapter_name} for m in self._members]

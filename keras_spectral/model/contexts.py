@@ -63,7 +63,7 @@ def merged(
     """
     require_names(model, adapter)
     with all_or_nothing() as snapshot:
-        warn_of_rounding(fold_all(model, snapshot, adapter, alone=True))
+        warn_of_rounding(fold_all(model, snapshot, adapter))
         with taken_out(model):
             yield model
         snapshot.restore()

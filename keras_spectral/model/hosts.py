@@ -11,13 +11,11 @@ from keras_spectral._internal.checks import check_adapter_name
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import did_you_mean
 from keras_spectral._internal.layer_tools import all_layers
-from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral._internal.layer_tools import set_trainable
 from keras_spectral._internal.snapshot import Snapshot
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.layers import AdapterLayer
 from keras_spectral.layers.host import Host
-from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model import surgery
 from keras_spectral.model import training
 from keras_spectral.model.adapted import config_before
@@ -136,19 +134,6 @@ def chosen_names(
                 f"of {known}." + did_you_mean(name, known)
             )
     return given
-
-
-def base_weights(model: keras.Model) -> list[keras.Variable]:
-    """The weights of the layers inside of a model's hosts."""
-    return [
-        weight
-        for host in hosts(model)
-        for weight in (
-            own_variables(host.layer)
-            if isinstance(host, TrainedCopy)
-            else host.layer.weights
-        )
-    ]
 
 
 def put(

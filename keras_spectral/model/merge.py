@@ -4,21 +4,23 @@ import warnings
 
 import keras
 
+from keras_spectral._backend import without_gradients
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import is_small
 from keras_spectral._internal.snapshot import Snapshot
 from keras_spectral._internal.snapshot import all_or_nothing
+from keras_spectral._internal.snapshot import finish
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.kernel_host import KernelHost
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hosts import Names
-from keras_spectral.model.hosts import base_weights
 from keras_spectral.model.hosts import hosts
 from keras_spectral.model.hosts import members
 from keras_spectral.model.hosts import put
 from keras_spectral.model.hosts import require_names
 from keras_spectral.model.hosts import take_off
+from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import places
 
 _LOST = 0.01  # share of a change that merging may lose without a word
@@ -51,7 +53,8 @@ def merge_model(
 
     Outputs stay what they were, and what trained beside the adapters becomes
     the model's own. A 16-bit kernel rounds what it gains: a warning says
-    where that loses more than 1 % of the change.
+    where that loses more than 1 % of the change. It takes as much memory as
+    one kernel. An interruption waits until the last kernel is written.
 
     Args:
         model: A wrapped model.
@@ -78,44 +81,56 @@ def merge_model(
             f"Received dtype={dtype!r} with adapter={adapter!r}. Expected one "
             "of them: a layer that keeps other adapters keeps its dtype."
         )
-    with all_or_nothing() as snapshot:
+    with all_or_nothing() as snapshot, without_gradients():
+        folds = to_fold(model, adapter)
         wide = {}
-        for host in hosts(model) if dtype is not None else ():
-            chosen = _active(host, names)
-            if chosen and isinstance(host, KernelHost):
-                kernel = not all(m.only_bias for m in chosen)
-                if kernel and is_small(host.layer.variable_dtype):
-                    wide[host.layer] = (
-                        host.merged_matrix(chosen),
-                        host.merged_bias(chosen),
-                    )
-        losses = fold_all(model, snapshot, adapter)
-        if not wide:
-            warn_of_rounding(losses)
+        for place, chosen in list(folds) if dtype is not None else ():
+            host, layer = place.layer, place.layer.layer
+            kernel = isinstance(host, KernelHost) and not all(
+                m.only_bias for m in chosen
+            )
+            if kernel and is_small(layer.variable_dtype):
+                wide[layer] = _widened(host, dtype, chosen)
+                folds.remove((place, chosen))
+        for place, chosen in folds:
+            place.layer.check_merge(chosen)
         take_off(model, snapshot, names if adapter is not None else None)
-        if wide:
-            swaps = {x: _widened(x, dtype, *w) for x, w in wide.items()}
-            put(model, swaps, snapshot)
+        put(model, wide, snapshot)
+        losses = {}
+        finish(lambda: _write(folds, losses, snapshot))
+    warn_of_rounding(losses)
     return model
 
 
-def fold_all(
-    model: keras.Model,
-    snapshot: Snapshot,
-    adapter: Names = None,
-    alone: bool = False,
-) -> dict[str, float]:
-    """Writes what adapters and trained copies add into their bases.
+def _write(folds, losses, snapshot):
+    """Folds in what is in a list, one layer after the other.
+
+    Kernels are too large to keep copies of all, so nothing of it can be
+    undone. What was interrupted goes on where it was.
+    """
+    snapshot.forget()
+    ready = {}
+    while folds:
+        place, chosen = folds[-1]
+        if place.path not in ready:
+            ready.clear()
+            ready[place.path] = place.layer.merged_values(chosen)
+        values, losses[place.path] = ready[place.path]
+        for variable, value in values:
+            variable.assign(value)
+        folds.pop()
+
+
+def to_fold(
+    model: keras.Model, adapter: Names = None, alone: bool = False
+) -> list[tuple[Place, list]]:
+    """The hosts whose members are folded in, with these members.
 
     Args:
         model: A wrapped model.
-        snapshot: Keeps what is changed.
         adapter: The names of what is folded in; by default all that is
             active.
         alone: Whether the others are going to be left out.
-
-    Returns:
-        For each adapter's path the share of the change that was lost.
     """
     names = require_names(model, adapter)
     found = members(model)
@@ -125,18 +140,39 @@ def fold_all(
             _check_staying(model, names)
     elif not any(member.current_strength() for member in found):
         found[0].check_active()
-    snapshot.keep_values(base_weights(model))
-    losses = {}
+    folds = []
     for place in places(model):
-        if not isinstance(place.layer, Host):
-            continue
-        chosen = _active(place.layer, names)
-        if isinstance(place.layer, TrainedCopy):
-            place.layer.fold(chosen)
-        elif chosen:
+        if isinstance(place.layer, Host):
+            chosen = _active(place.layer, names)
+            if chosen:
+                folds.append((place, chosen))
+    for place, chosen in folds:
+        if not isinstance(place.layer, TrainedCopy):
             for member in chosen:
                 member.check_mergeable()
-            losses[place.path] = place.layer.merge(chosen)
+    return folds
+
+
+def fold_all(
+    model: keras.Model, snapshot: Snapshot, adapter: Names = None
+) -> dict[str, float]:
+    """Writes what adapters and trained copies add into their bases.
+
+    Args:
+        model: A wrapped model, whose other members are going to be left out.
+        snapshot: Keeps what is changed.
+        adapter: As in `to_fold`.
+
+    Returns:
+        For each adapter's path the share of the change that was lost.
+    """
+    losses = {}
+    with without_gradients():
+        for place, chosen in to_fold(model, adapter, alone=True):
+            values, losses[place.path] = place.layer.merged_values(chosen)
+            snapshot.keep_values(variable for variable, _ in values)
+            for variable, value in values:
+                variable.assign(value)
     return losses
 
 
@@ -185,17 +221,16 @@ def _check_staying(model, names):
             )
 
 
-def _widened(layer, dtype, matrix, bias):
-    """An equal layer of another dtype with a kernel from a matrix.
-
-    And with another bias, unless that is None.
-    """
+def _widened(host, dtype, members):
+    """A host's layer in another dtype, with changes folded in."""
+    layer = host.layer
     config = {**layer.get_config(), "dtype": dtype}
     wide = type(layer).from_config(config)
     wide.build(layer.get_build_config()["input_shape"])
     for new, old in zip(wide.weights, layer.weights):
         new.assign(keras.ops.cast(old, new.dtype))
-    kernel_view(wide).assign(matrix)
+    kernel_view(wide).assign(host.merged_matrix(members))
+    bias = host.merged_bias(members)
     if bias is not None:
         wide.bias.assign(keras.ops.cast(bias, wide.bias.dtype))
     return wide

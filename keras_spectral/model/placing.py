@@ -9,6 +9,7 @@ from typing import NamedTuple
 import keras
 
 from keras_spectral._backend import scope_of
+from keras_spectral._backend import without_gradients
 from keras_spectral._internal.layer_tools import trainable_flags
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels.spectra import factorize
@@ -86,7 +87,7 @@ def wrap_places(
         )
     for kind in {request.kind for request in requests}:
         kind.check_model(model)
-    with all_or_nothing() as snapshot, scope_of(model):
+    with all_or_nothing() as snapshot, scope_of(model), without_gradients():
         keep_all(model, snapshot)
         if not hosts(model):
             for layer in training.tree(model):
