@@ -111,6 +111,7 @@ class KernelHost(Host):
         if all(m.only_bias for m in members):
             super().check_merge(members)
         else:
+            self.merged_bias(members)
             for _ in self.merged_rows(members):
                 pass
 
@@ -198,6 +199,7 @@ class _Changes:
     """What members add to a kernel, at their strengths, by its rows."""
 
     def __init__(self, members):
+        members = [m for m in members if not m.only_bias]
         thin = [m for m in members if m.is_plain_pair]
         self.pair = joined(m.strong_pair() for m in thin) if thin else None
         self.total = _total([m for m in members if m not in thin])

@@ -11,6 +11,7 @@ from keras_spectral._internal.snapshot import Snapshot
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral._internal.snapshot import finish
 from keras_spectral.kernels import kernel_view
+from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.kernel_host import KernelHost
 from keras_spectral.layers.trained_copy import TrainedCopy
@@ -92,17 +93,20 @@ def merge_model(
             if kernel and is_small(layer.variable_dtype):
                 wide[layer] = _widened(host, dtype, chosen)
                 folds.remove((place, chosen))
-        for place, chosen in folds:
-            place.layer.check_merge(chosen)
-        take_off(model, snapshot, names if adapter is not None else None)
-        put(model, wide, snapshot)
-        losses = {}
-        finish(lambda: _write(folds, losses, snapshot))
-    warn_of_rounding(losses)
+        losses: dict[str, float] = {}
+        with LateProgress("merging kernels", 2 * len(folds)) as progress:
+            for place, chosen in folds:
+                place.layer.check_merge(chosen)
+                progress.advance(1)
+            take_off(model, snapshot, names if adapter is not None else None)
+            put(model, wide, snapshot)
+            finish(lambda: _write(folds, losses, snapshot, progress))
+    if not wide:
+        warn_of_rounding(losses)
     return model
 
 
-def _write(folds, losses, snapshot):
+def _write(folds, losses, snapshot, progress):
     """Folds in what is in a list, one layer after the other.
 
     Kernels are too large to keep copies of all, so nothing of it can be
@@ -119,6 +123,7 @@ def _write(folds, losses, snapshot):
         for variable, value in values:
             variable.assign(value)
         folds.pop()
+        progress.advance(1)
 
 
 def to_fold(
@@ -167,12 +172,15 @@ def fold_all(
         For each adapter's path the share of the change that was lost.
     """
     losses = {}
-    with without_gradients():
-        for place, chosen in to_fold(model, adapter, alone=True):
+    folds = to_fold(model, adapter, alone=True)
+    progress = LateProgress("merging kernels", len(folds))
+    with without_gradients(), progress:
+        for place, chosen in folds:
             values, losses[place.path] = place.layer.merged_values(chosen)
             snapshot.keep_values(variable for variable, _ in values)
             for variable, value in values:
                 variable.assign(value)
+            progress.advance(1)
     return losses
 
 
