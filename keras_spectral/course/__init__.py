@@ -16,6 +16,7 @@ from keras_spectral.course.models import vision
 from keras_spectral.course.page import FAST
 from keras_spectral.course.page import accuracy
 from keras_spectral.course.page import count
+from keras_spectral.course.page import draw_study
 from keras_spectral.course.page import quiet
 from keras_spectral.course.page import show
 from keras_spectral.course.page import table
@@ -29,6 +30,7 @@ __all__ = [
     "accuracy",
     "count",
     "digits",
+    "draw_study",
     "fashion",
     "images",
     "minilm",

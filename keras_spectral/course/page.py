@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import runpy
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -76,6 +77,19 @@ def table(
     for row in rows:
         found.add_row(*row)
     rich.console.Console(width=96).print(found)
+
+
+def draw_study(axes: Any) -> list[dict]:
+    """Draws what `benchmarks/study.py` found: accuracy over weights.
+
+    Returns:
+        A row a method, see `summarise` there.
+    """
+    folder = pathlib.Path(__file__).parents[2] / "benchmarks"
+    study = runpy.run_path(str(folder / "study.py"))
+    rows = study["summarise"](study["read_lines"](folder / "study.jsonl"))
+    study["draw"](rows, axes)
+    return rows
 
 
 def show(figure, name: str) -> None:
