@@ -17,9 +17,10 @@
 
 # %% [markdown]
 # *What you see:* six moments in the life of an adapter. The grey square is one
-# real kernel of MiniLM, 384 x 384 numbers, and beside it, to the same scale,
-# stand the two thin matrices that train. The bars say how many of the test
-# sentences the model rates correctly at that moment.
+# real kernel of MiniLM, 384 x 384 numbers (darker is larger; its bands are the
+# twelve attention heads). Beside it, to the same scale, stand the two thin
+# matrices that train. The bars say how many of the test sentences the model
+# rates correctly at that moment.
 #
 # **You will learn**
 #
@@ -93,7 +94,9 @@ def draw_life(texts):
     for (top, low), (name, right, kernel, pair) in zip(axes.T, moments):
         changed = not np.array_equal(kernel, base)
         grey = "Purples" if changed else "Greys"
-        top.imshow(np.abs(kernel), cmap=grey, vmax=0.2, extent=(0, 384, 384, 0))
+        # Means of 8 x 8 numbers: 384 are more than the screen's points.
+        means = np.abs(kernel).reshape(48, 8, 48, 8).mean(axis=(1, 3))
+        top.imshow(means, cmap=grey, vmin=0, vmax=0.2, extent=(0, 384, 384, 0))
         top.text(
             192,
             192,
@@ -121,9 +124,8 @@ def draw_life(texts):
         trained = right > (moments[0][1] + max(m[1] for m in moments)) / 2
         color = BLUE if trained else GREY
         low.bar([0], [100 * right], width=0.5, color=color)
-        low.text(
-            0.3, 100 * right, f"{100 * right:.0f} %", va="center", fontsize=11
-        )
+        inside = {"color": "white", "ha": "center", "va": "center"}
+        low.text(0, 50 * right, f"{100 * right:.0f} %", fontsize=12, **inside)
         low.axhline(50, color=RED, ls="--", lw=1)
         low.set(xlim=(-0.7, 0.7), ylim=(0, 108), xticks=[], yticks=[0, 50, 100])
         low.spines[["top", "right"]].set_visible(False)
