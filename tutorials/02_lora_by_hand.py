@@ -59,8 +59,8 @@ print("data:", data.name)
 BLUE, RED, GREY = "#2563eb", "#dc2626", "#6b7280"
 
 
-def draw_matrix(axis, matrix, x, y, name, zoom=1):
-    """A heat map whose cells are unit squares, its left upper corner at x, y."""
+def draw_matrix(axis, matrix, x, y, name):
+    """A heat map of unit squares, its left upper corner at x, y."""
     height, width = matrix.shape
     limit = np.quantile(np.abs(matrix), 0.99)
     axis.imshow(

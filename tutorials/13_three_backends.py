@@ -133,7 +133,7 @@ def table(title, headings, rows):
 
 
 def draw_logits(axis):
-    """The difference of the two logits of some sentences, one mark a backend."""
+    """The two logits' difference for some sentences, a mark a backend."""
     for size, (name, result) in zip((150, 60, 12), results.items()):
         lean = result["adapted"][:24] @ [-1, 1]
         axis.scatter(range(24), lean, s=size, c=COLORS[name], label=name)
