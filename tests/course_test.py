@@ -172,6 +172,28 @@ def test_pages_are_short_and_open_with_a_picture(source):
     assert any("solution" in cell.metadata.get("tags", ()) for cell in cells)
 
 
+def test_lite0_knows_a_flower_and_a_palace():
+    try:
+        model = course.lite0()
+    except FileNotFoundError:
+        pytest.skip("the archive is not in .data")
+    assert model.count_params() == 4_694_024
+    photos = np.stack([course.photo(n) for n in ("flower", "china")])
+    assert photos.shape == (2, 224, 224, 3)
+    assert photos.min() >= -1 and photos.max() <= 1
+    flower, china = model.predict(photos, verbose=0).argsort(axis=1)
+    assert flower[-1] == 985  # daisy
+    assert 698 in china[-3:]  # palace
+
+
+def test_lite0_says_where_it_comes_from(tmp_path, monkeypatch):
+    lite0 = sys.modules[course.lite0.__module__]
+    place = tmp_path / "keras_spectral" / "course" / "lite0.py"
+    monkeypatch.setattr(lite0, "__file__", str(place))
+    with pytest.raises(FileNotFoundError, match="make demo"):
+        lite0.lite0()
+
+
 def test_download_says_what_it_takes(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match="pip install tensorflow-datasets"):

@@ -8,6 +8,8 @@ from keras_spectral.course.data import digits
 from keras_spectral.course.data import fashion
 from keras_spectral.course.data import images
 from keras_spectral.course.data import sentences
+from keras_spectral.course.lite0 import lite0
+from keras_spectral.course.lite0 import photo
 from keras_spectral.course.models import Encoder
 from keras_spectral.course.models import Pretrained
 from keras_spectral.course.models import minilm
@@ -33,7 +35,9 @@ __all__ = [
     "draw_study",
     "fashion",
     "images",
+    "lite0",
     "minilm",
+    "photo",
     "quiet",
     "reader",
     "sentences",
