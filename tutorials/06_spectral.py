@@ -252,8 +252,8 @@ heads = ("what trains", "weights", "training loss", "accuracy")
 course.table("Films, one seed", heads, rows)
 
 # %% [markdown]
-# What lies within one error bar of the picture, 2.2 points, is a tie on 500
-# sentences. So *additive* and LoRA of rank 8 are level. *rotate* is behind LoRA
+# What lies within one error bar of the next picture, 2.2 points, is a tie on
+# 500 sentences. So *additive* and LoRA of rank 8 are level. *rotate* is behind LoRA
 # of rank 1 by two such bars, which may still be chance. *values* has well under
 # half of the weights of either and is level with *rotate*. All of them are far
 # above the head alone. Zhang and Pilanci report *additive* ahead of LoRA on
@@ -348,10 +348,11 @@ course.show(figure, "06_spectral_changes")
 # *values* stays on the diagonal and *rotate* within its block: neither can do
 # anything else. (The faint rest beside the block is about 1 %. For kernels of
 # this size the library computes the leading triplets by a randomized method,
-# and they differ a little from those of the whole decomposition.) *additive* has its largest changes in the rows and columns of
-# its eight directions: what these hear gets new answers, and their answers are
-# given to new inputs. LoRA does not know the directions of the kernel, and its
-# change lies all over the map.
+# and they differ a little from those of the whole decomposition.) *additive*
+# has its largest changes in the rows and columns of its eight directions: what
+# these hear gets new answers, and their answers are given to new inputs. LoRA
+# does not know the directions of the kernel, and its change lies all over the
+# map.
 #
 # So the modes are a choice of what to keep. If the task uses what the kernel
 # hears already, *values* or *rotate* may be enough, and they are small. If it
