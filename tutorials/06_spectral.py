@@ -253,12 +253,12 @@ course.table("Films, one seed", heads, rows)
 
 # %% [markdown]
 # What lies within one error bar of the next picture, 2.2 points, is a tie on
-# 500 sentences. So *additive* and LoRA of rank 8 are level. *rotate* is behind LoRA
-# of rank 1 by two such bars, which may still be chance. *values* has well under
-# half of the weights of either and is level with *rotate*. All of them are far
-# above the head alone. Zhang and Pilanci report *additive* ahead of LoRA on
-# GLUE, 88.0 against 86.5 on average; on one short task with one seed you
-# cannot see a difference of that size.
+# 500 sentences. So *additive* and LoRA of rank 8 are level. *rotate* is behind
+# LoRA of rank 1 by two such bars, which may still be chance. *values* has well
+# under half of the weights of either and is level with *rotate*. All of them
+# are far above the head alone. Zhang and Pilanci report *additive* ahead of
+# LoRA on GLUE, 88.0 against 86.5 on average; on one short task with one seed
+# you cannot see a difference of that size.
 
 # %% tags=["plot"] alt="Accuracy on films over the number of trained weights, on a logarithmic axis, with bars of one standard error: LoRA in blue, the three spectral modes in red, the head alone in grey, and a dashed line for always answering the more frequent class."
 figure, axis = plt.subplots(figsize=(8.5, 4), layout="constrained")
@@ -325,7 +325,7 @@ heads = (
 )
 course.table("Where the squared change of the pooler lies", heads, rows)
 
-# %% tags=["plot"] alt="Heat maps of the change of the pooler's kernel in its own singular vectors, the first 48 of 384 directions: values only on the diagonal, rotate only within the first 23 by 23, additive mostly in the first eight rows and columns, LoRA of rank 8 everywhere."
+# %% tags=["plot"] alt="Heat maps of the change of the pooler's kernel in its own singular vectors, the first 48 of 384 directions: values only on the diagonal, rotate all but 1 % within the first 23 by 23, additive mostly in the first eight rows and columns, LoRA of rank 8 everywhere."
 shown = ("values", "rotate, rank 23", "additive, rank 8", "LoRA, rank 8")
 ranks = (None, 23, 8, None)
 figure, axes = plt.subplots(
