@@ -155,7 +155,11 @@ headings = "way", "weights a task", "KB", *DOMAINS, "mean"
 course.table(f"Accuracy in % on {TEST} test sentences each", headings, rows)
 
 # %% [markdown]
-# RESULT1
+# The first four means lie within about a point of each other. The standard
+# error of a mean of 1,200 sentences is 1.2 points, so they tie: at 12 KB
+# neither the prompt nor LoRA beats the head that all domains share. LoRA of
+# rank 8 is the highest, by a little more than the error, with 24 times as many
+# weights a task. Here prompts do not win on accuracy.
 #
 # ## A mixed batch is a plain batch
 #
@@ -227,7 +231,12 @@ apart = batches["prompts as words"][0] - batches["prompts by name"][0]
 print(f"words and names differ by at most {np.abs(apart).max():.0e}")
 
 # %% [markdown]
-# RESULT2
+# Words and names give the same outputs, but not in the same time. By name the
+# library runs the whole backbone once without a prompt and once for each name,
+# so it takes about five times as long. As words the four tasks are one pass,
+# and so are they with LoRA. The differences between the other three rows are
+# mostly noise of a busy machine: eight more tokens beside 24 should cost up to
+# a third more.
 
 # %% tags=["plot"]
 from matplotlib.colors import LinearSegmentedColormap
@@ -306,7 +315,14 @@ def draw():
 draw()
 
 # %% [markdown]
-# RESULT3
+# **Where prompts win.** 12 KB a task is a 24th of the larger LoRA. And no layer
+# changes: a model that takes ids and nothing else, exported or behind a
+# server, answers all tasks in one batch.
+#
+# **Where they lose.** They lengthen every text. On a small model they add
+# little accuracy: Lester et al. found that prompts reach full fine-tuning only
+# as models grow to billions of weights. And a head is smaller still: if your
+# tasks ask the same question, as here, one shared head does it at 0 KB.
 #
 # ## Checks
 
