@@ -7,6 +7,7 @@ import keras
 from keras_spectral._backend import without_gradients
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import is_small
+from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral._internal.snapshot import Snapshot
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral._internal.snapshot import finish
@@ -176,10 +177,14 @@ def fold_all(
     progress = LateProgress("merging kernels", len(folds))
     with without_gradients(), progress:
         for place, chosen in folds:
-            values, losses[place.path] = place.layer.merged_values(chosen)
-            snapshot.keep_values(variable for variable, _ in values)
-            for variable, value in values:
-                variable.assign(value)
+            # Copies first: they stay, and what is made for a moment behind
+            # them leaves no holes in the memory.
+            host = place.layer
+            copied = isinstance(host, TrainedCopy)
+            snapshot.keep_values(
+                own_variables(host.layer) if copied else host.layer.weights
+            )
+            losses[place.path] = host.merge(chosen)
             progress.advance(1)
     return losses
 
