@@ -1,5 +1,6 @@
 """A smaller copy of a model: every kernel as a pair of thin ones."""
 
+import re
 import time
 from typing import Any
 
@@ -113,7 +114,8 @@ def compress_model(
             are. By default the time decides; where it is not known, because
             a model leaves sizes open, there are none.
         target: Which layers, as for `wrap_model`. Defaults to all that can
-            be factorised but embeddings.
+            be factorised but embeddings, or to those that `calibrate` has
+            seen, if `calibration` is of it.
         exclude: Which layers not; the same forms.
         keep_ends: Whether the first and the last of them stay as they are.
         true_bound: Whether ALDS judges s slices by their error bound. By
@@ -191,6 +193,8 @@ def compress_model(
             check_rank(size, name)
     check_goal(ratio, budget, max_error, measure == "weights")
     check_calibration(calibration, method, sequential)
+    if target is None and isinstance(calibration, Calibration):
+        target = [re.escape(path) for path in calibration]
     chosen = chosen_places(model, target, exclude, keep_ends)
     small = copy_model(model)
     copies = dict(zip(map(id, ordered_layers(model)), ordered_layers(small)))

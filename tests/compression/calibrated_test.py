@@ -287,6 +287,14 @@ def test_what_calibrate_gives_is_taken_as_well():
     np.testing.assert_allclose(_out(first), _out(second), atol=1e-5)
 
 
+def test_layers_that_calibrate_has_not_seen_stay():
+    model = _model(3)
+    found = ks.calibrate(model, X, ["layer_0", "layer_2"])
+    small = ks.compress_model(model, 0.5, calibration=found)
+    kinds = [isinstance(layer, ks.LowRank) for layer in small.layers]
+    assert kinds == [True, False, True]
+
+
 def test_tables_are_truncated_as_without_data():
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -398,7 +406,7 @@ class _OtherWay(keras.layers.Layer):
         ({"calibration": "found", "sequential": True}, "data themselves"),
         ({"calibration": "found", "method": "sensitivity"}, "data themselves"),
         ({"calibration": "other"}, "is of 16 inputs, and its kernel takes 32"),
-        ({"calibration": "less"}, "no layer 'layer_1'"),
+        ({"calibration": "less", "target": "all"}, "no layer 'layer_1'"),
     ],
 )
 def test_what_it_refuses(options, match):
