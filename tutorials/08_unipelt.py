@@ -327,7 +327,8 @@ def draw():
 draw()
 
 # %% [markdown]
-# The gates differ between the parts, and between the two tasks. LoRA's gate at
+# (Blocks 4 to 6 are the layers `transformer_layer_3` to `_5`.) The gates
+# differ between the parts, and between the two tasks. LoRA's gate at
 # the query opens everywhere. On films most others shut, above all the prefix
 # of the upper blocks, in line with the tie there. On tweets the adapter and
 # the prefix of block 4 stay half open or more.
