@@ -174,7 +174,7 @@ course.show(figure, "06_spectral_weights")
 
 # %%
 LENGTH = 32  # tokens
-train, test = (96, 100) if course.FAST else (900, 500)
+train, test = (96, 96) if course.FAST else (900, 500)
 films = course.sentences("films", train, test)
 encoder = course.minilm(LENGTH)
 backbone = encoder.build().backbone
@@ -219,7 +219,7 @@ ways = {
     "values": ("spectral", 3e-2, {"mode": "values"}),
 }
 if course.FAST:
-    del ways["LoRA, rank 1"]
+    del ways["LoRA, rank 1"], ways["rotate, rank 23"]
 
 
 # %%
@@ -332,6 +332,8 @@ figure, axes = plt.subplots(
     1, 4, figsize=(14, 4), layout="constrained", sharey=True
 )
 for axis, name, rank in zip(axes, shown, ranks, strict=True):
+    if name not in changes:
+        continue
     part = np.abs(changes[name][:48, :48])
     picture = axis.imshow((part / part.max()) ** 0.5, cmap="Blues", vmax=1)
     if rank:
@@ -367,14 +369,14 @@ counts = {name: weights for name, (weights, _, _) in results.items()}
 assert counts["head only"] == head_weights
 assert counts["LoRA, rank 8"] == 8 * kernels_in + head_weights
 assert counts["additive, rank 8"] == counts["LoRA, rank 8"]
-assert counts["rotate, rank 23"] == 7 * (2 * 23**2 + 23) + head_weights
 assert counts["values"] == 7 * 384 + head_weights
-assert counts["rotate, rank 23"] < kernels_in + head_weights
 shares = {name: inside(change, 8) for name, change in changes.items()}
 assert shares["values"][0] > 0.999
-assert inside(changes["rotate, rank 23"], 23)[1] > 0.9
 assert shares["additive, rank 8"][2] > 0.5 > shares["LoRA, rank 8"][2]
 if not course.FAST:
+    assert counts["rotate, rank 23"] == 7 * (2 * 23**2 + 23) + head_weights
+    assert counts["rotate, rank 23"] < kernels_in + head_weights
+    assert inside(changes["rotate, rank 23"], 23)[1] > 0.9
     rights = {name: right for name, (_, _, right) in results.items()}
     assert min(rights[name] for name in ways) > chance / 100 + 0.05
 

@@ -418,7 +418,7 @@ assert reached > results["LoRA rank 1, hidden1"][1] + 0.05
 assert reached > results["biases"][1] + 0.05
 kept = [used for _, used, _, _ in runs.values()]
 assert kept == sorted(kept, reverse=True) and kept[-1] < kept[0] / 2
-assert reached > runs[1e-1][2] + 0.03
+assert reached > runs[pressures[-1]][2] + 0.03
 assert all(abs(score - pruned) < 0.03 for *_, score, pruned in runs.values())
 assert np.flatnonzero(gates_of(runs[middle][0], "hidden1")).mean() < (K - 1) / 2
 for untouched, compromise, by_input, _ in result.values():

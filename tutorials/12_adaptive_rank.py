@@ -61,7 +61,7 @@ print("backend:", keras.backend.backend())
 
 # %%
 LENGTH = 32  # tokens
-train, test = (80, 100) if course.FAST else (500, 500)
+train, test = (80, 80) if course.FAST else (500, 500)
 films = course.sentences("films", train, test)
 encoder = course.minilm(LENGTH)
 backbone = encoder.build().backbone
@@ -129,16 +129,16 @@ course.show(figure, "12_adaptive_rank_triplets")
 # will the 24 triplets end: in attention or in the feed-forward net?
 
 # %%
-EPOCHS = 3
 SEEDS = (7,) if course.FAST else (7, 8, 9)
+SKIP = "pooled_dense|transformer_layer_4.*" if course.FAST else "pooled_dense"
 
 
 def adapt(seed, rate, method, rank, callbacks=None, **options):
     # Accuracy and weights of one training; the reader is then as before.
     keras.utils.set_random_seed(seed)
-    options |= {"rank": rank, "exclude": "pooled_dense", "seed": seed}
+    options |= {"rank": rank, "exclude": SKIP, "seed": seed}
     ks.wrap_model(reader, method, "all-linear", trainable="head", **options)
-    course.train(reader, states, films.y, rate, EPOCHS, 20, callbacks=callbacks)
+    course.train(reader, states, films.y, rate, 3, 20, callbacks=callbacks)
     right = course.accuracy(reader, test_states, films.test_y)
     if callbacks:
         ks.compact_ranks(reader)  # each kernel a LoRA of the rank it has left
@@ -176,7 +176,7 @@ NAMES = ("query", "key", "value", "output", "ffn in", "ffn out")
 
 def final_ranks():
     last = [list(budget.ranks[-1].values()) for budget in budgets.values()]
-    return np.array(last).reshape(len(SEEDS), 2, 6)  # seeds, blocks, kernels
+    return np.array(last).reshape(len(SEEDS), -1, 6)  # seeds, blocks, kernels
 
 
 def draw_ranks():
@@ -189,7 +189,7 @@ def draw_ranks():
     )
     history = budgets[SEEDS[0]].ranks
     ranks = np.array([list(epoch.values()) for epoch in history])
-    ranks = np.vstack([np.full(12, 6), ranks])  # (epochs + 1, 12)
+    ranks = np.vstack([np.full(ranks.shape[1], 6), ranks])  # (epochs + 1, 12)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, 6))
     rng = np.random.default_rng(0)
     for number, line in enumerate(ranks.T):
@@ -202,8 +202,9 @@ def draw_ranks():
         )
     axes[0].plot([], [], color=GREY, ls="--", label="(block 6)")
     axes[0].set(title="Ranks while training, one seed", xlabel="epoch")
-    axes[0].set(ylabel="rank", ylim=(-0.3, 6.5), xticks=range(EPOCHS + 1))
-    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
+    axes[0].set(ylabel="rank", ylim=(-0.3, 8.6), yticks=range(7))
+    axes[0].set_xticks(range(len(ranks)))
+    axes[0].legend(fontsize=8, ncols=2, loc="upper right", framealpha=0.9)
     final = final_ranks()
     mean = final.mean(axis=0)
     axes[1].imshow(mean, cmap="Blues", vmin=0, vmax=6, aspect="auto")
@@ -214,8 +215,9 @@ def draw_ranks():
         each = " ".join(map(str, final[:, block, name]))
         axes[1].text(name, block + 0.2, each, fontsize=9, **place)
     axes[1].set_xticks(range(6), NAMES)
-    axes[1].set_yticks(range(2), ["block 5", "block 6"])
-    axes[1].set_title("Ranks at the end of a budget of 24")
+    names = ["block 5", "block 6"][-len(mean) :]
+    axes[1].set_yticks(range(len(names)), names)
+    axes[1].set_title(f"Ranks at the end of a budget of {12 * len(mean)}")
     for place, runs in enumerate(found.values()):
         rights = 100 * np.array(runs)[:, 0]
         color = (BLUE, GREY, RED)[place]
@@ -373,7 +375,7 @@ for axis, number in zip(
     axis.set(title=f"16 models on a digit {test_y[number]}", xticks=range(10))
     axis.set(xlabel="class", ylabel="probability in %", ylim=(-3, 103))
     top = drawn[:, number].max(axis=0)  # (10,)
-    free = np.argmin([top[:3].max(), top[4:6].max(), top[7:].max()])
+    free = np.argmin([top[:3].max(), top[3:7].max(), top[7:].max()])
     inset = axis.inset_axes([(0.03, 0.37, 0.7)[free], 0.62, 0.28, 0.3])
     inset.imshow(test_x[number, ..., 0], cmap="gray_r")
     inset.set(xticks=[], yticks=[])
@@ -452,13 +454,16 @@ course.show(figure, "12_adaptive_rank_reliability")
 
 # %% tags=["checks"]
 final = final_ranks()
-assert (final.sum(axis=(1, 2)) == 24).all()
+assert (final.sum(axis=(1, 2)) == 12 * final.shape[1]).all()
 for budget in budgets.values():
     totals = [sum(epoch.values()) for epoch in budget.ranks]
     assert totals == sorted(totals, reverse=True)
-assert final.max() > 2 > final.min()
+assert final.max() > final.min()
 sizes = np.array([768, 768, 768, 768, 1920, 1920])
-assert all(weights == 2 * 2 * sizes.sum() for _, weights in found["LoRA, 2"])
+assert all(
+    weights == 2 * final.shape[1] * sizes.sum()
+    for _, weights in found["LoRA, 2"]
+)
 left = [int((one * sizes).sum()) for one in final]
 assert [weights for _, weights in found["triplets, 6 to 2"]] == left
 if not course.FAST:
@@ -496,7 +501,7 @@ model.set_weights(start)
 ks.wrap_model(model, "adalora", HIDDEN, rank=8, seed=7)
 fit(keras.optimizers.Adam(1e-2), x, y, 20)
 tuned, masks = model.get_weights(), []
-for criterion in ("sensitivity", "snr"):
+for criterion in ("snr", "sensitivity")[: 1 if course.FAST else 2]:
     model.set_weights(tuned)
     optimizer = ks.optimizers.IVON(
         0.2, ess=len(x), hess_init=1.0, beta_2=0.999, seed=7
@@ -513,7 +518,7 @@ for criterion in ("sensitivity", "snr"):
     ranks = masks[-1].sum(axis=1)
     print(criterion, ranks, f"{np.mean(p.argmax(axis=-1) == test_y):.1%}")
     assert masks[-1].sum() == 9
-shared = int(np.sum(masks[0] & masks[1]))
+shared = int(np.sum(masks[0] & masks[-1]))
 print(f"{shared} of 9 triplets are in both; by chance 3.4, with deviation 1.2")
 draws = [
     len({*rng.permutation(24)[:9]} & {*rng.permutation(24)[:9]})
