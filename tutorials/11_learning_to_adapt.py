@@ -291,9 +291,8 @@ for (way, n), found in results.items():
 headings = "way", "sentences", "accuracy in %", "deviation of draws"
 course.table("Editorials", headings, rows)
 
+
 # %% tags=["plot"] alt="Accuracy on editorials over the number of sentences of that domain: the learned start is far above a fresh LoRA and the head alone at 16 and at 64 sentences, and already so without any."
-
-
 def draw_amounts():
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
     chance = 100 * np.bincount(editorials.test_y).max() / len(editorials.test_y)
