@@ -37,6 +37,8 @@ class AdaLoRADense(Budgeted, LowRankAdapter):
     `RankBudget` it is a LoRA with `rank` more weights, and the first one of a
     process that trains so warns.
 
+    Start with a learning rate of 0.01 (Adam; `benchmarks/study.py`).
+
     Source: Zhang et al. 2023, arXiv 2303.10512, equations 3 and 5.
 
     Args:

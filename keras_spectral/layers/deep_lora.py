@@ -48,6 +48,9 @@ class DeepLoRADense(KernelAdapter):
 
     Use it with few examples, where a LoRA of any rank overfits.
 
+    Start compressed ones with a learning rate of 0.03 (Adam, the highest tried;
+    `benchmarks/study.py`).
+
     Source: Yaras et al. 2024, arXiv 2406.04112.
 
     Args:

@@ -43,7 +43,8 @@ class SpectralDense(Budgeted, KernelAdapter):
     block diagonal, and stays so: what an update puts outside of the blocks
     is left out.
 
-    Start additive ones with a rate of 0.001 (Adam; `benchmarks/study.py`).
+    Start with a learning rate of 0.001 in "additive", 0.01 in "rotate" and 0.1
+    in "values", the highest tried (Adam; `benchmarks/study.py`).
 
     Source: additive and rotate: Zhang and Pilanci 2024, arXiv 2405.13952,
     section 3; the shift dS is not in their text: their code trains and adds
