@@ -34,6 +34,18 @@ def without_gradients() -> contextlib.AbstractContextManager:
     return torch.no_grad()
 
 
+def read_checkpoint(file) -> dict:
+    """The tensors of a PyTorch checkpoint as arrays, on any backend.
+
+    Args:
+        file: A path or an open file, of weights alone.
+    """
+    import torch
+
+    stored = torch.load(file, weights_only=True)
+    return {name: tensor.numpy() for name, tensor in stored.items()}
+
+
 def is_in_graph(x) -> bool:
     """Whether a tensor is a part of a TensorFlow graph, without numbers."""
     if keras.backend.backend() != "tensorflow":

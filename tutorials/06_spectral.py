@@ -177,17 +177,7 @@ LENGTH = 32  # tokens
 train, test = (96, 96) if course.FAST else (900, 500)
 films = course.sentences("films", train, test)
 encoder = course.minilm(LENGTH)
-backbone = encoder.build().backbone
-fifth = backbone.get_layer("transformer_layer_4").output
-below = keras.Model(backbone.input, fifth)
-
-
-def read(texts):
-    inputs = encoder.encode(texts)
-    hidden = below.predict(inputs, batch_size=100, verbose=0)
-    return [hidden, inputs["padding_mask"]]
-
-
+backbone, read = encoder.cut(5)  # `read` runs the five blocks that stay
 x, test_x = read(films.x), read(films.test_x)
 print(films.name, x[0].shape, f"{films.test_y.mean():.0%} positive")
 

