@@ -184,3 +184,29 @@ def test_merging_keeps_values_of_no_kernel(monkeypatch):
     )
     ks.merge_model(model)
     assert not any(len(shape) > 1 for shape in kept)
+
+
+def test_a_failure_between_two_kernels_keeps_the_outputs(monkeypatch):
+    model = _wrapped()
+    before = ops.convert_to_numpy(model(_x()))
+    flags = [(x.name, x.trainable) for x in model._flatten_layers()]
+    method, calls = KernelHost.merged_values, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError("no more")
+        return method(*args)
+
+    monkeypatch.setattr(KernelHost, "merged_values", fails)
+    with pytest.raises(MemoryError, match="no more") as caught:
+        ks.merge_model(model)
+    assert "outputs are as before" in caught.value.__notes__[0]
+    assert flags == [(x.name, x.trainable) for x in model._flatten_layers()]
+    found = ops.convert_to_numpy(model(_x()))
+    np.testing.assert_allclose(found, before, atol=1e-6)
+    assert ks.adapter_names(model) == ["default"]
+    ks.merge_model(model)
+    found = ops.convert_to_numpy(model(_x()))
+    np.testing.assert_allclose(found, before, atol=1e-6)
+    assert type(model.get_layer("first")) is layers.Dense

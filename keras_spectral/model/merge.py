@@ -15,6 +15,8 @@ from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.kernel_host import KernelHost
+from keras_spectral.layers.member import Member
+from keras_spectral.layers.member import set_all_strengths
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hosts import Names
 from keras_spectral.model.hosts import hosts
@@ -56,7 +58,8 @@ def merge_model(
     Outputs stay what they were, and what trained beside the adapters becomes
     the model's own. A 16-bit kernel rounds what it gains: a warning says
     where that loses more than 1 % of the change. It takes as much memory as
-    one kernel. An interruption waits until the last kernel is written.
+    one kernel. An interruption waits until the last kernel is written. If
+    the memory ends in between, the adapters come back with equal outputs.
 
     Args:
         model: A wrapped model.
@@ -101,19 +104,29 @@ def merge_model(
                 progress.advance(1)
             take_off(model, snapshot, names if adapter is not None else None)
             put(model, wide, snapshot)
-            finish(lambda: _write(folds, losses, snapshot, progress))
+            done: list[Member] = []
+            try:
+                finish(lambda: _write(folds, done, losses, snapshot, progress))
+            except Exception as error:
+                snapshot.restore()
+                set_all_strengths([(member, 0.0) for member in done])
+                snapshot.forget()
+                error.add_note(
+                    "The adapters are back. Where kernels have taken them in "
+                    "already they are off, so that outputs are as before."
+                )
+                raise
     if not wide:
         warn_of_rounding(losses)
     return model
 
 
-def _write(folds, losses, snapshot, progress):
+def _write(folds, done, losses, snapshot, progress):
     """Folds in what is in a list, one layer after the other.
 
     Kernels are too large to keep copies of all, so nothing of it can be
     undone. What was interrupted goes on where it was.
     """
-    snapshot.forget()
     ready = {}
     while folds:
         place, chosen = folds[-1]
@@ -123,8 +136,10 @@ def _write(folds, losses, snapshot, progress):
         values, losses[place.path] = ready[place.path]
         for variable, value in values:
             variable.assign(value)
+        done += [member for member in chosen if member not in done]
         folds.pop()
         progress.advance(1)
+    snapshot.forget()
 
 
 def to_fold(
