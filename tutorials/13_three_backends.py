@@ -123,15 +123,6 @@ GREY = "#6b7280"
 ROUNDING = 2.0**-24  # of float32, relative
 
 
-def table(title, headings, rows):
-    found = rich.table.Table(title=title)
-    for place, heading in enumerate(headings):
-        found.add_column(heading, justify="right" if place else "left")
-    for row in rows:
-        found.add_row(*row)
-    rich.console.Console(width=96).print(found)
-
-
 def draw_logits(axis):
     """The two logits' difference for some sentences, a mark a backend."""
     for size, (name, result) in zip((150, 60, 12), results.items()):
@@ -205,8 +196,13 @@ rows += [
     )
     for name, result in results.items()
 ]
-headings = ["backend", "right", "adapters on", "merged", "last loss"]
-table(f"The file of {running}, loaded (chance: 50 %)", headings, rows)
+table = rich.table.Table(
+    *("backend", "right", "adapters on", "merged", "last loss"),
+    title=f"The file of {running}, loaded (chance: 50 %)",
+)
+for row in rows:
+    table.add_row(*row)
+rich.console.Console(width=96).print(table)
 
 # %% tags=["picture"] alt="Three panels. Left: for 24 test sentences the difference of the two logits, with marks of three backends inside of each other. Middle: for each backend the largest relative difference to the process that trained, with the adapters on and merged, on a logarithmic axis; all are at or near the rounding of float32, about 1e-7 to 1e-6. Right: over twenty steps of training from the same file the loss falls, and the distance between the backends' losses stays at the rounding of float32."
 figure, axes = plt.subplots(
