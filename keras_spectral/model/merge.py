@@ -15,7 +15,6 @@ from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers.host import Host
 from keras_spectral.layers.kernel_host import KernelHost
-from keras_spectral.layers.member import Member
 from keras_spectral.layers.member import set_all_strengths
 from keras_spectral.layers.trained_copy import TrainedCopy
 from keras_spectral.model.hosts import Names
@@ -97,49 +96,62 @@ def merge_model(
             if kernel and is_small(layer.variable_dtype):
                 wide[layer] = _widened(host, dtype, chosen)
                 folds.remove((place, chosen))
-        losses: dict[str, float] = {}
         with LateProgress("merging kernels", 2 * len(folds)) as progress:
             for place, chosen in folds:
                 place.layer.check_merge(chosen)
                 progress.advance(1)
             take_off(model, snapshot, names if adapter is not None else None)
             put(model, wide, snapshot)
-            done: list[Member] = []
+            writing = _Writing(folds, snapshot, progress)
             try:
-                finish(lambda: _write(folds, done, losses, snapshot, progress))
+                finish(writing.go_on)
             except Exception as error:
-                snapshot.restore()
-                set_all_strengths([(member, 0.0) for member in done])
-                snapshot.forget()
+                writing.give_back()
                 error.add_note(
                     "The adapters are back. Where kernels have taken them in "
                     "already they are off, so that outputs are as before."
                 )
                 raise
     if not wide:
-        warn_of_rounding(losses)
+        warn_of_rounding(writing.losses)
     return model
 
 
-def _write(folds, done, losses, snapshot, progress):
-    """Folds in what is in a list, one layer after the other.
+class _Writing:
+    """Folds members into their bases, one layer after the other.
 
     Kernels are too large to keep copies of all, so nothing of it can be
     undone. What was interrupted goes on where it was.
     """
-    ready = {}
-    while folds:
-        place, chosen = folds[-1]
-        if place.path not in ready:
-            ready.clear()
-            ready[place.path] = place.layer.merged_values(chosen)
-        values, losses[place.path] = ready[place.path]
-        for variable, value in values:
-            variable.assign(value)
-        done += [member for member in chosen if member not in done]
-        folds.pop()
-        progress.advance(1)
-    snapshot.forget()
+
+    def __init__(self, folds, snapshot, progress):
+        self.left = list(folds)
+        self.snapshot = snapshot
+        self.progress = progress
+        self.ready = {}  # new values of the layer that is being written
+        self.done = []
+        self.losses = {}
+
+    def go_on(self):
+        """Writes what is left; it can be called again at any moment."""
+        while self.left:
+            place, chosen = self.left[-1]
+            if place.path not in self.ready:
+                self.ready.clear()
+                self.ready[place.path] = place.layer.merged_values(chosen)
+            values, self.losses[place.path] = self.ready[place.path]
+            for variable, value in values:
+                variable.assign(value)
+            self.done += [m for m in chosen if m not in self.done]
+            self.left.pop()
+            self.progress.advance(1)
+        self.snapshot.forget()
+
+    def give_back(self):
+        """The adapters as they were, off where they are in the kernels."""
+        self.snapshot.restore()
+        set_all_strengths([(member, 0.0) for member in self.done])
+        self.snapshot.forget()
 
 
 def to_fold(
