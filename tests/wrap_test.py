@@ -452,14 +452,15 @@ def test_other_bad_calls():
         ks.wrap_model(depthwise, "lora", target="d")
 
 
-def test_merge_refuses_nan_and_changes_nothing():
+@pytest.mark.parametrize("name", ["first", "head"])
+def test_merge_refuses_nan_and_changes_nothing(name):
     model = _mlp()
     ks.wrap_model(model, "lora", target="all", rank=2)
     _randomize(model)
-    last = model.get_layer("head").lora_b
-    last.assign(np.full(last.shape, np.nan))
+    bad = model.get_layer(name).lora_b
+    bad.assign(np.full(bad.shape, np.nan))
     before = [w.numpy() for w in model.weights]
-    with pytest.raises(ValueError, match="'head' holds NaN"):
+    with pytest.raises(ValueError, match=f"'{name}' holds NaN"):
         ks.merge_model(model)
     for weight, value in zip(model.weights, before):
         np.testing.assert_array_equal(weight.numpy(), value)

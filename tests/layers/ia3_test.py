@@ -193,10 +193,14 @@ def test_a_bias_that_columns_share_cannot_be_merged():
     layer = keras.layers.EinsumDense(
         "abc,cde->abde", (3, 2, 4), bias_axes="e", name="value"
     )
-    model = keras.Model(inputs, layer(inputs))
-    ks.wrap_model(model, "ia3")
-    adapter = model.layers[1]
-    adapter.gains.assign(np.arange(8.0))
+    after = keras.layers.Dense(4, name="after")
+    model = keras.Model(inputs, after(layer(inputs)))
+    ks.wrap_model(model, "ia3", ["value", "after"])
+    adapters = model.layers[1:]
+    for adapter in adapters:
+        adapter.gains.assign(np.arange(float(adapter.gains.shape[0])))
+    kernel = after.kernel.numpy()
     with pytest.raises(ValueError, match="columns share a number"):
         ks.merge_model(model)
-    assert model.layers[1] is adapter
+    assert model.layers[1:] == adapters
+    np.testing.assert_array_equal(after.kernel.numpy(), kernel)

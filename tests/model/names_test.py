@@ -40,12 +40,12 @@ def _out(model):
     return ops.convert_to_numpy(model(X))
 
 
-def _two():
+def _two(method="spectral"):
     """A model with two trained adapters, and what it does with each."""
     model = _model()
     base = _out(model)
     first = _train(_add(model, "first", seed=1))
-    second = _train(_add(model, "second", "spectral", ["two"]), -Y)
+    second = _train(_add(model, "second", method, ["two"]), -Y)
     return model, base, first, second
 
 
@@ -76,8 +76,9 @@ def test_a_new_one_is_the_only_active_one():
     }
 
 
-def test_strengths_mix_kernels_and_heads():
-    model, *_ = _two()
+@pytest.mark.parametrize("method", ["spectral", "loha", "dora"])
+def test_strengths_mix_kernels_and_heads(method):
+    model, *_ = _two(method)
     strengths = {"first": 0.7, "second": -0.3}
     ks.set_adapters(model, strengths)
     kernels = {}
