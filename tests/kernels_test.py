@@ -58,12 +58,13 @@ def test_blocks_of_rows_are_the_matrix(case, monkeypatch):
     view = kernel_view(_linear(case))
     monkeypatch.setattr(view_module, "_BLOCK", 2 * view.n_out)
     matrix = ops.convert_to_numpy(view.matrix())
-    starts = []
-    for place, rows in view.row_blocks():
-        starts.append(place.start)
+    places, blocks = zip(*view.row_blocks())
+    assert [place.start for place in places] == list(range(0, view.n_in, 2))
+    for place, rows in zip(places, blocks):
         assert rows.dtype == view.matrix().dtype
-        np.testing.assert_array_equal(ops.convert_to_numpy(rows), matrix[place])
-    assert starts == list(range(0, view.n_in, 2))
+        assert tuple(rows.shape) == matrix[place].shape
+    together = ops.convert_to_numpy(ops.concatenate(blocks))
+    np.testing.assert_array_equal(together, matrix)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

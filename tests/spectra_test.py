@@ -41,6 +41,12 @@ def test_mixed_shapes_and_counts_come_back_in_order(monkeypatch):
         _check(view, triplets, count)
 
 
+def test_no_graph_for_gradients_is_kept():
+    views = _views((9, 8), (5, 6))
+    for triplets in spectra.factorize((view, 2) for view in views):
+        assert not any(getattr(x, "requires_grad", False) for x in triplets)
+
+
 def test_cache_is_used_and_survives_damage(tmp_path, monkeypatch):
     views = _views((9, 8), (5, 6))
     requests = [(view, 2) for view in views]
