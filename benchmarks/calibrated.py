@@ -162,33 +162,30 @@ class SmolLM:
     higher = None
 
     def __init__(self, args):
-        from _smollm import packed
-        from _smollm import read_model
+        from _glue import read
 
-        self.args = args
-        self.model, tokenizer = read_model(args.gguf)
-        files = [args.data / f"mrpc.{split}.tsv" for split in ("train", "test")]
-        self.tests = packed(files[1], tokenizer, args.length, args.tests)
-        rows = packed(files[0], tokenizer, args.length, args.rows)
-        ids = rows[:, :-1]
+        from keras_spectral.course.smollm import LanguageModel
+        from keras_spectral.course.smollm import smollm
+
+        self.args, self.language = args, LanguageModel
+        writer = smollm(file=args.gguf)
+        self.model = writer.backbone
+        texts = [read(args.data, "mrpc", x)[0] for x in ("test", "train")]
+        self.tests = writer.rows(texts[0], args.length, args.tests)
+        ids = writer.rows(texts[1], args.length, args.rows)[:, :-1]
         self.calibration = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
 
     def measure(self, model):
-        from _smollm import LanguageModel
-        from _smollm import perplexity
-
-        language, batch = LanguageModel(model), self.tests[:4, :-1]
+        language, batch = self.language(model), self.tests[:4, :-1]
         seconds = forward_time(lambda: language.predict_on_batch(batch)) / 1000
         return {
-            "perplexity": perplexity(language, self.tests),
+            "perplexity": language.perplexity(self.tests),
             "tokens_per_cpu_second": round(batch.size / seconds, 1),
         }
 
     def recover(self, model):
         """Distillation on the text of the calibration, LoRAs alone."""
-        from _smollm import LanguageModel
-
-        small, whole = LanguageModel(model), LanguageModel(self.model)
+        small, whole = self.language(model), self.language(self.model)
         rows = self.calibration["token_ids"]
         small(rows[:1]), whole(rows[:1])
         distiller = ks.distiller(small, whole, label_weight=0)

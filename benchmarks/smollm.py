@@ -21,13 +21,12 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 import numpy as np
-from _smollm import LanguageModel
-from _smollm import empty_backbone
-from _smollm import packed
-from _smollm import perplexity
-from _smollm import read_model
+from _glue import read
 
 import keras_spectral as ks
+from keras_spectral.course.smollm import LanguageModel
+from keras_spectral.course.smollm import empty_backbone
+from keras_spectral.course.smollm import smollm
 
 
 def size_of(dtype):
@@ -49,17 +48,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--only", help="leave out what does not hold this")
     args = parser.parse_args()
-    backbone, tokenizer = read_model(args.gguf)
-    files = [args.data / f"mrpc.{split}.tsv" for split in ("train", "test")]
-    tests = packed(files[1], tokenizer, args.length, args.rows)
-    size = args.steps * args.batch
-    trains = packed(files[0], tokenizer, args.length, size)
+    writer = smollm(file=args.gguf)
+    texts = [read(args.data, "mrpc", split)[0] for split in ("test", "train")]
+    tests = writer.rows(texts[0], args.length, args.rows)
+    trains = writer.rows(texts[1], args.length, args.steps * args.batch)
     known = []
     if args.out.exists():
         known = [
             json.loads(x)["what"] for x in args.out.read_text().split("\n") if x
         ]
-    start = backbone.get_weights()
+    start = writer.backbone.get_weights()
 
     def fresh():
         # Its configuration leaves out that the table is tied.
@@ -68,7 +66,7 @@ def main() -> None:
         return LanguageModel(other)
 
     def note(what, model, begin, **more):
-        row = {"what": what, "perplexity": perplexity(model, tests), **more}
+        row = {"what": what, "perplexity": model.perplexity(tests), **more}
         sizes = [np.prod(v.shape) * size_of(v.dtype) for v in model.weights]
         row["weights_mb"] = round(float(sum(sizes)) / 1e6, 1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,7 +12,6 @@ not trained on. Choose the backend by KERAS_BACKEND.
 
 import argparse
 import pathlib
-import sys
 import warnings
 
 import keras
@@ -36,12 +35,9 @@ warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
 keras.utils.set_random_seed(0)
 
 if args.gguf:
-    sys.path.append(str(HERE.parent / "benchmarks"))
-    from _smollm import read_model  # puts the file's weights into a Llama
-    from tokenizers import decoders
+    from keras_spectral.course.smollm import smollm  # in the clone
 
-    backbone, tokenizer = read_model(pathlib.Path(args.gguf))
-    tokenizer.decoder = decoders.ByteLevel()
+    backbone, tokenizer = smollm(file=args.gguf)
     end, length = 2, 48
     chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     decode = tokenizer.decode

@@ -15,6 +15,8 @@ import pytest
 
 from keras_spectral import course
 from keras_spectral.course import data as course_data
+from keras_spectral.course.smollm import LanguageModel
+from keras_spectral.course.smollm import smollm
 
 pytestmark = pytest.mark.once
 
@@ -186,12 +188,40 @@ def test_lite0_knows_a_flower_and_a_palace():
     assert 698 in china[-3:]  # palace
 
 
-def test_lite0_says_where_it_comes_from(tmp_path, monkeypatch):
-    lite0 = sys.modules[course.lite0.__module__]
-    place = tmp_path / "keras_spectral" / "course" / "lite0.py"
-    monkeypatch.setattr(lite0, "__file__", str(place))
-    with pytest.raises(FileNotFoundError, match="make demo"):
-        lite0.lite0()
+def test_archives_say_where_they_come_from(tmp_path, monkeypatch):
+    place = tmp_path / "keras_spectral" / "course" / "data.py"
+    monkeypatch.setattr(course_data, "__file__", str(place))
+    for read in (course.lite0, course.sentences, course.prose, smollm):
+        with pytest.raises(FileNotFoundError, match="make demo.*--dest .data"):
+            read()
+
+
+def test_smollm_knows_a_capital():
+    try:
+        writer = smollm()
+    except FileNotFoundError:
+        pytest.skip("the archive is not in .data")
+    backbone = writer.backbone
+    assert backbone.count_params() == 134_515_008
+    assert "Paris" in writer.go_on("The capital of France is", tokens=2)
+    rows = writer.rows(course.prose(), length=64, count=4)
+    assert rows.shape == (4, 65) and rows.dtype == "int32"
+    model = LanguageModel(backbone)
+    assert 40 < model.perplexity(rows) < 160
+    # Its configuration says that the table is tied: there is no other head.
+    again = type(backbone).from_config(backbone.get_config())
+    assert again.count_params() == backbone.count_params()
+
+
+def test_smollm_of_a_few_blocks():
+    try:
+        writer = smollm(blocks=1)
+    except FileNotFoundError:
+        pytest.skip("the archive is not in .data")
+    assert len(writer.backbone.transformer_layers) == 1
+    rows = writer.rows(course.prose(), length=8, count=2)
+    given = {"token_ids": rows, "padding_mask": np.ones_like(rows)}
+    assert writer.backbone(given).shape == (2, 9, 576)
 
 
 def test_download_says_what_it_takes(monkeypatch):

@@ -1,12 +1,14 @@
 """What the tutorials share: data, small trained models, pictures.
 
-Nothing here is needed to use the library.
+Nothing here is needed to use the library. A language model is in
+`keras_spectral.course.smollm`, apart, since it needs KerasHub.
 """
 
 from keras_spectral.course.data import Data
 from keras_spectral.course.data import digits
 from keras_spectral.course.data import fashion
 from keras_spectral.course.data import images
+from keras_spectral.course.data import prose
 from keras_spectral.course.data import sentences
 from keras_spectral.course.lite0 import lite0
 from keras_spectral.course.lite0 import photo
@@ -38,6 +40,7 @@ __all__ = [
     "lite0",
     "minilm",
     "photo",
+    "prose",
     "quiet",
     "reader",
     "sentences",

