@@ -36,14 +36,18 @@ def distribution():
     """How weights and batches are spread; the first half of `--split`."""
     devices = keras.distribution.list_devices()
     if args.split == 1:
-        return keras.distribution.DataParallel(devices=devices)
+        return keras.distribution.DataParallel(
+            devices=devices, auto_shard_dataset=False
+        )
     shape = len(devices) // args.split, args.split
     mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), devices)
     rules = keras.distribution.LayoutMap(mesh)
     rules[".*wide/kernel"] = (None, "model")
     rules[".*narrow/kernel"] = ("model", None)
     return keras.distribution.ModelParallel(
-        layout_map=ks.adapter_layout(rules), batch_dim_name="batch"
+        layout_map=ks.adapter_layout(rules),
+        batch_dim_name="batch",
+        auto_shard_dataset=False,
     )
 
 
@@ -56,27 +60,33 @@ def build():
     return keras.Sequential([keras.Input((64,)), *layers])
 
 
+processes = len(args.hosts.split(",")) if args.hosts else 1
 if args.hosts:
-    keras.distribution.initialize(
-        args.hosts, len(args.hosts.split(",")), args.process
-    )
+    keras.distribution.initialize(args.hosts, processes, args.process)
 keras.utils.set_random_seed(0)
+replicas = 1
 if args.virtual or args.hosts:
-    keras.distribution.set_distribution(distribution())
+    spread = distribution()
+    replicas = spread.num_model_replicas
+    keras.distribution.set_distribution(spread)
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(512, 64)).astype("float32")
 y = (x @ rng.normal(size=(64, 4))).argmax(axis=1)
+# Every process gives its own rows of each batch, unless processes share a copy.
+parts = min(processes, replicas)
+mine = slice(args.process * parts // processes, None, parts)
+x, y = x[mine], y[mine]
 
 model = ks.wrap_model(
     build(), "lora", "wide|narrow", rank=8, seed=0, trainable=["head"]
 )
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
-history = model.fit(x, y, batch_size=64, epochs=5, verbose=0, shuffle=False)
+options = {"batch_size": 64 // parts, "epochs": 5, "shuffle": False}
+history = model.fit(x, y, verbose=0, **options)
 print("accuracy by epoch:", np.round(history.history["accuracy"], 4).tolist())
 for weight in model.get_layer("wide").weights:
     spread = getattr(weight.value, "sharding", "one device")
     print(weight.path, tuple(weight.shape), getattr(spread, "spec", spread))
-if args.process == 0:
-    ks.save_adapters(model, args.out)
+ks.save_adapters(model, args.out)  # in all processes; the first one writes

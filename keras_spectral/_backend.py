@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import keras
+import numpy as np
 
 
 def eagerly() -> contextlib.AbstractContextManager:
@@ -66,6 +67,30 @@ def scope_of(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
 def number_in(variable) -> float | int:
     """The number in a scalar variable, of one replica where there are more."""
     return keras.ops.convert_to_numpy(variable).item()
+
+
+def to_numpy(value) -> np.ndarray:
+    """An array of a tensor or variable, a float32 one of any floats.
+
+    Where JAX's processes hold parts of it they are gathered: then all of them
+    have to call this.
+    """
+    value = keras.ops.cast(value, "float32")
+    if keras.backend.backend() == "jax":
+        from jax.experimental import multihost_utils
+
+        if not (value.is_fully_addressable or value.is_fully_replicated):
+            value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(keras.ops.convert_to_numpy(value), order="C")
+
+
+def is_first_process() -> bool:
+    """Whether it is the only process or JAX's first one."""
+    if keras.backend.backend() != "jax":
+        return True
+    import jax
+
+    return jax.process_index() == 0
 
 
 def over_replicas(tensors: list) -> list:

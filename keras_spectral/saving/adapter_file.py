@@ -4,8 +4,9 @@ import json
 import os
 
 import keras
-import numpy as np
 
+from keras_spectral._backend import is_first_process
+from keras_spectral._backend import to_numpy
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_path
@@ -48,6 +49,9 @@ def save_adapters(
     options, the places of trained heads, a fingerprint of the base (names
     and shapes) and a few of its numbers, by which `load_adapters` knows it.
     The base's own weights are not in it.
+
+    Of several processes of JAX the first one writes. Where kernels are split
+    over processes, all of them have to call this.
 
     Args:
         model: A wrapped model, or a part of one, such as its backbone: then
@@ -94,9 +98,10 @@ def save_adapters(
         "values": encoded(base_values(found)),
     }
     named = named_weights(adapters, heads)
-    tensors = {name: _to_numpy(variable) for name, variable in named.items()}
+    tensors = {name: to_numpy(variable) for name, variable in named.items()}
     check_finite(tensors, f"Not saved to {os.fspath(path)}")
-    write_safetensors(tensors, path, metadata)
+    if is_first_process():
+        write_safetensors(tensors, path, metadata)
 
 
 def load_adapters(
@@ -200,8 +205,3 @@ def _strengths(adapters):
     }
     several = len(strengths) > 1 and any(strengths.values())
     return strengths if several else {}
-
-
-def _to_numpy(variable):
-    value = keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
-    return np.asarray(value, order="C")

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral._internal.layer_tools import own_variables
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.host import Host
@@ -130,7 +131,7 @@ def _kernel_values(base):
     view = kernel_view(base)
     rows = view.rows(_spread(view.n_in, _ROWS))
     rows = ops.take(rows, _spread(view.n_out, _COLUMNS), axis=1)
-    numbers = ops.convert_to_numpy(rows).ravel()
+    numbers = to_numpy(rows).ravel()
     return {"mode": base.quantization_mode, "numbers": _round(numbers)}
 
 
@@ -185,7 +186,7 @@ def _is_float(variable):
 def _sample(variable):
     flat = ops.reshape(variable, (-1,))
     numbers = ops.take(flat, _spread(flat.shape[0], _NUMBERS), axis=0)
-    return ops.convert_to_numpy(ops.cast(numbers, "float32"))
+    return to_numpy(numbers)
 
 
 def _spread(size, count):

@@ -9,11 +9,13 @@ environment all of them.
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from keras_spectral.layers.adapter import METHODS
 
@@ -138,7 +140,47 @@ def test_example_on_one_and_four_devices(flags, tmp_path):
         env={**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    accuracy = json.loads(done.stdout.splitlines()[0].partition(": ")[2])
+    accuracy = _accuracy(done.stdout)
     assert accuracy[-1] > 0.85 > accuracy[0]
     assert ("P(None, 'model')" in done.stdout) == bool(flags)
     assert path.exists()
+
+
+def test_example_in_two_processes(tmp_path):
+    """As on two machines of two devices, with kernels in two parts."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    hosts = ["{}:{}".format(*each.getsockname()) for each in sockets]
+    for each in sockets:
+        each.close()
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "jax",
+        "PYTHONPATH": str(EXAMPLE.parents[1]),
+    }
+    flags = [f"--hosts={','.join(hosts)}", "--virtual=2", "--split=2"]
+    many, one = tmp_path / "many.safetensors", tmp_path / "one.safetensors"
+    runs = [[*flags, f"--process={i}", "--out", many] for i in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, EXAMPLE, *run],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for run in [*runs, ["--out", one]]
+    ]
+    done = [(*each.communicate(), each.returncode) for each in started]
+    assert [code for *_, code in done] == [0, 0, 0], done[0][1][-3000:]
+    first, second, alone = (_accuracy(out) for out, *_ in done)
+    assert first == second
+    np.testing.assert_allclose(first, alone, atol=0.005)
+    assert "P(None, 'model')" in done[0][0]
+    expected = load_file(one)
+    for name, value in load_file(many).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-3)
+
+
+def _accuracy(printed):
+    line = next(x for x in printed.splitlines() if x.startswith("accuracy"))
+    return json.loads(line.partition(": ")[2])
