@@ -59,6 +59,7 @@ from keras_spectral.layers import OrthogonalAdaptation
 from keras_spectral.layers import SpectralDense
 from keras_spectral.layers import TunedNorm
 from keras_spectral.layers import VeRADense
+from keras_spectral.layers.adapter import register_method
 from keras_spectral.library.combine import combine_adapters
 from keras_spectral.model.calibrate import calibrate
 from keras_spectral.model.catalog import list_targets
@@ -171,6 +172,7 @@ __all__ = [
     "prune_model",
     "prune_parts",
     "quantize_with_lora",
+    "register_method",
     "rename_adapter",
     "save_adapters",
     "save_peft",

@@ -111,12 +111,7 @@ def test_api_pages_name_everything():
     for page in (DOCS / "api").glob("*.md"):
         listed |= set(re.findall(r"^   ([\w.]+)$", page.read_text(), re.M))
     public = {x for x in ks.__all__ if not inspect.ismodule(getattr(ks, x))}
-    for module in ("blocks", "callbacks", "optimizers", "plots"):
+    for module in ("blocks", "callbacks", "optimizers", "plots", "schemes"):
         names = set(getattr(ks, module).__all__) - public
         public |= {f"{module}.{name}" for name in names}
-    public |= {
-        f"schemes.{name}"
-        for name, found in vars(ks.schemes).items()
-        if inspect.isclass(found) and issubclass(found, ks.schemes.Scheme)
-    }
     assert public == listed

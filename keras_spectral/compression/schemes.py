@@ -19,6 +19,19 @@ from keras_spectral.compression.sparsity import largest_mask
 from keras_spectral.compression.sparsity import soft_threshold
 from keras_spectral.kernels import KernelView
 
+__all__ = [
+    "FixedRank",
+    "KMeans",
+    "L0Penalty",
+    "L1Constraint",
+    "L1Penalty",
+    "LearnedRank",
+    "Linear",
+    "Magnitude",
+    "Scheme",
+    "Sum",
+]
+
 _ALTERNATIONS = 10
 
 

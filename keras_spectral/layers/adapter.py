@@ -13,7 +13,29 @@ METHODS: dict[str, type["AdapterLayer"]] = {}
 
 
 def register_method(name: str):
-    """Class decorator: makes an adapter known to `wrap_model` and to Keras."""
+    """Class decorator: makes an adapter known to `wrap_model` and to Keras.
+
+    Args:
+        name: The method's name, which `wrap_model`, files and summaries use.
+
+    Returns:
+        What registers a class on `KernelAdapter` or another base of adapters.
+
+    Raises:
+        ValueError: Another class has the name.
+
+    Example:
+
+    >>> @ks.register_method("tiny_lora")
+    ... class TinyLoRA(ks.LoRADense):
+    ...     trains = "a pair of rank 1"
+    ...     def __init__(self, layer, rank=1, **kwargs):
+    ...         super().__init__(layer, rank=rank, **kwargs)
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    >>> model = ks.wrap_model(model, "tiny_lora", target="dense.*")
+    >>> [tuple(w.shape) for w in model.trainable_weights]
+    [(16, 1), (1, 8)]
+    """
 
     def register(cls):
         known = METHODS.get(name, cls)
