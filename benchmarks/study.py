@@ -15,8 +15,8 @@ be stopped at any time and started with other methods in a second process.
 
 import argparse
 import gc
-import itertools
 import json
+import math
 import os
 import pathlib
 import resource
@@ -439,7 +439,8 @@ def draw(rows: list[dict], axes: Any) -> None:
 
 
 def label(rows: list[dict], colors: list[str], axes: Any) -> None:
-    """Names beside the points, each where it meets no other one."""
+    """Names beside the points, each at the nearest place that is free."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()
@@ -448,8 +449,13 @@ def label(rows: list[dict], colors: list[str], axes: Any) -> None:
         Bbox.from_bounds(x - 4, y - 4, 8, 8)
         for x, y in axes.transData.transform(points)
     ]
-    sides = (7, "left"), (-7, "right")
-    offsets = list(itertools.product((0, 9, -9, 18, -18, 27), sides))
+    # Right and left of the point, then around it, with a line to it.
+    offsets = [(7, 0), (-7, 0)]
+    for radius in (16, 28, 40, 55, 70, 90, 110):
+        for degrees in (20, 160, -20, 200, 50, 130, -50, 230, 0, 180):
+            angle = math.radians(degrees)
+            offsets.append((radius * math.cos(angle), radius * math.sin(angle)))
+    scale = axes.figure.dpi / 72
     for row, color, point in zip(rows, colors, points):
         text = axes.annotate(
             row["method"],
@@ -459,12 +465,24 @@ def label(rows: list[dict], colors: list[str], axes: Any) -> None:
             va="center",
             fontsize=9,
             color=color,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "lw": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 3,
+            },
         )
-        for height, (side, align) in offsets:
-            text.set(position=(side, height), ha=align)
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+        size = Text.get_window_extent(text)
+        x, y = axes.transData.transform(point)
+        for right, up in offsets:
+            left = x + scale * right - (right < 0) * size.width
+            bottom = y + scale * up - size.height / 2
+            box = Bbox.from_bounds(left, bottom, size.width, size.height)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
                 break
+        text.set(position=(right, up), ha="left" if right > 0 else "right")
         taken.append(box)
 
 
@@ -475,7 +493,7 @@ def plot(args: argparse.Namespace, show: Console) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     draw(summarise(read_lines(args.out)), axes)
     figure.savefig(args.picture, dpi=150)
     show.print(args.picture)

@@ -70,6 +70,9 @@ class SoftPrompt(AdapterLayer, PromptHost):
     generate run their backbone layer by layer and would not see the prompt:
     they are refused; use PrefixTuning there.
 
+    Start with a learning rate of 0.03 (Adam; `benchmarks/study.py`, in whose
+    two epochs it ends where the head alone does).
+
     Source: Lester et al. 2021, arXiv 2104.08691.
 
     Args:

@@ -43,6 +43,10 @@ class ConditionalSpectralDense(Sharing, KernelAdapter):
     It cannot be merged, because each example has a kernel of its own;
     `freeze_gates` turns it into a GatedSpectralDense, which can.
 
+    Start with a learning rate of 0.1 (Adam, the highest tried in
+    `benchmarks/study.py`, whose two epochs it does not learn much in: it ends
+    where the head alone does).
+
     Source: input-conditional spectral gates are of this project;
     straight-through concrete gates: Maddison et al. 2017, arXiv 1611.00712.
 

@@ -28,6 +28,8 @@ class DyLoRADense(LowRankAdapter):
     With `frozen=True` a step of rank b trains the b-th pair alone, which
     leaves what lower ranks do as it was.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Valipour et al. 2023, arXiv 2210.07558, algorithm 1.
 
     Args:

@@ -49,6 +49,8 @@ class GLoRADense(KernelAdapter):
     Use it where a LoRA is not enough and a merged layer has to cost nothing:
     few examples, domains far from the base's.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Chavan et al. 2023, arXiv 2306.07967; products number by number as
     in its authors' code.
 

@@ -26,6 +26,8 @@ class LiDBDense(LowRankAdapter):
     Use it where very many adapters have to be kept in memory or predicted by
     a network.
 
+    Start with a learning rate of 0.03 (Adam; `benchmarks/study.py`).
+
     Source: Ruiz et al. 2023, arXiv 2307.06949, section 4.1.
 
     Args:

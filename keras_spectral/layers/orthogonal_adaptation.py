@@ -23,6 +23,8 @@ class OrthogonalAdaptation(LowRankAdapter):
 
     Use it for many subjects or tasks that are trained apart and used at once.
 
+    Start with a learning rate of 0.01 (Adam; `benchmarks/study.py`).
+
     Source: Po et al. 2023, arXiv 2312.02432, section 4.2.
 
     Args:

@@ -19,6 +19,8 @@ class TunedNorm(KernelAdapter):
     `wrap_model(..., trainable="norms")` puts copies of whole norms beside
     adapters of other methods, which is the same thing.
 
+    Start with a learning rate of 0.003 (Adam; `benchmarks/study.py`).
+
     Source: Zhao et al. 2023, arXiv 2312.11420.
 
     Args:
