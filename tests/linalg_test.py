@@ -4,7 +4,10 @@ from keras import ops
 
 from keras_spectral._backend import solve_positive
 from keras_spectral._internal.linalg import cayley
+from keras_spectral._internal.linalg import pair_along
 from keras_spectral._internal.linalg import randomized_svd
+from keras_spectral._internal.linalg import right_vectors
+from keras_spectral._internal.linalg import singular_values
 from keras_spectral._internal.linalg import truncated_svd
 
 
@@ -143,3 +146,36 @@ def test_many_systems_in_one_step(size):
     np.testing.assert_allclose(
         ops.convert_to_numpy(got), wanted, atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (2, 5, 7)])
+def test_values_and_right_vectors_in_numpy(shape):
+    matrix = np.random.default_rng(3).normal(size=shape).astype("float32")
+    _, s, vt = np.linalg.svd(np.float64(matrix), full_matrices=False)
+    np.testing.assert_allclose(singular_values(matrix), s, rtol=1e-6)
+    v = right_vectors(matrix)
+    shared = np.abs(np.swapaxes(v, -1, -2) @ np.swapaxes(vt, -1, -2))
+    np.testing.assert_allclose(
+        shared,
+        np.broadcast_to(np.eye(shared.shape[-1]), shared.shape),
+        atol=1e-6,
+    )
+    a, b = pair_along(matrix, v)
+    np.testing.assert_allclose(a @ b, matrix, atol=1e-5)
+    lengths = np.linalg.norm(a, axis=-2), np.linalg.norm(b, axis=-1)
+    np.testing.assert_allclose(*lengths, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+def test_right_vectors_of_a_low_rank(shape):
+    """What is only rounding adds nothing, however a pair is cut."""
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(shape[0], 3)) @ rng.normal(size=(3, shape[1]))
+    matrix = matrix.astype("float32")
+    v = right_vectors(matrix)
+    for rank in (3, 10, 40):
+        a, b = pair_along(matrix, v[:, :rank].astype("float32"))
+        np.testing.assert_allclose(a @ b, matrix, atol=1e-4)
+    zeros = right_vectors(np.zeros(shape, "float32"))
+    a, b = pair_along(np.zeros(shape, "float32"), zeros)
+    assert np.isfinite(a).all() and np.isfinite(b).all()

@@ -105,23 +105,66 @@ def nearest_pair(matrix, rank):
     return u * root, _transpose(v * root)
 
 
-def pair_along(matrix, v):
+def singular_values(matrix: np.ndarray) -> np.ndarray:
+    """All singular values of a numpy matrix, in float64, descending.
+
+    They are the roots of the eigenvalues of K K^T or K^T K, the smaller one,
+    in float64: as exact as an SVD in float32, and several times as fast.
+
+    Args:
+        matrix: K (..., n_in, n_out).
+    """
+    values = np.linalg.eigvalsh(_smaller_product(np.float64(matrix)))
+    return np.sqrt(np.maximum(values[..., ::-1], 0))
+
+
+def right_vectors(matrix: np.ndarray) -> np.ndarray:
+    """All right singular vectors of a numpy matrix, in float64.
+
+    In the order of descending values, and by the same way as
+    `singular_values`. Those of values that are only rounding are zeros, if
+    there are more columns than rows.
+
+    Args:
+        matrix: K (..., n_in, n_out).
+
+    Returns:
+        (..., n_out, min(n_in, n_out)).
+    """
+    matrix = np.float64(matrix)
+    _, vectors = np.linalg.eigh(_smaller_product(matrix))
+    vectors = vectors[..., ::-1]
+    if matrix.shape[-1] <= matrix.shape[-2]:
+        return vectors
+    images = np.swapaxes(matrix, -1, -2) @ vectors
+    sizes = np.linalg.norm(images, axis=-2, keepdims=True)
+    real = sizes > _TINY * sizes.max(axis=-1, keepdims=True)
+    return np.where(real, images, 0) / np.where(real, sizes, 1)
+
+
+def pair_along(matrix: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
     """The pair A, B of equal sizes whose product is `K V V^T`.
 
     Each column of A is as long as that row of B. With the right singular
     vectors of K that is its `nearest_pair`.
 
     Args:
-        matrix: Tensor K (..., n_in, n_out).
-        v: Tensor V (..., n_out, rank) of orthonormal columns.
+        matrix: K (..., n_in, n_out).
+        v: V (..., n_out, rank), columns orthonormal or zeros.
 
     Returns:
         `A` (..., n_in, rank) and `B` (..., rank, n_out).
     """
-    a = ops.matmul(matrix, v)
-    length = ops.sqrt(ops.sum(ops.square(a), axis=-2, keepdims=True))
-    root = ops.sqrt(ops.where(length > 0, length, 1.0))
-    return a / root, _transpose(v * root)
+    a = np.matmul(matrix, v)
+    root = np.sqrt(np.linalg.norm(a, axis=-2, keepdims=True))
+    root = np.where(root > 0, root, 1)
+    return a / root, np.swapaxes(v * root, -1, -2)
+
+
+def _smaller_product(matrix):
+    turned = np.swapaxes(matrix, -1, -2)
+    n_in, n_out = matrix.shape[-2:]
+    return matrix @ turned if n_in < n_out else turned @ matrix
 
 
 def all_finite(matrix):

@@ -5,12 +5,12 @@ import time
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import batches
+from keras_spectral._internal.linalg import singular_values
 from keras_spectral.compression import ranks
 from keras_spectral.compression.calibrated import check_calibration
 from keras_spectral.compression.calibrated import fits_of
@@ -269,12 +269,7 @@ def _spectra(fits, limits, true_bound):
     with LateProgress("singular values", len(fits)) as progress:
         for fit, limit in zip(fits, limits):
             view = fit.view
-            values = {
-                n: ops.convert_to_numpy(
-                    ops.svd(fit.whitened(n), compute_uv=False)
-                )
-                for n in limit
-            }
+            values = {n: singular_values(fit.whitened(n)) for n in limit}
             per_rank = {n: view.pair_weights(1, n) for n in limit}
             spectrum = ranks.Spectrum(
                 values, view.num_weights, per_rank, true_bound, limits=limit

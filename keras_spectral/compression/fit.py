@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_spectral._internal.linalg import block_diagonal
 from keras_spectral._internal.linalg import pair_along
-from keras_spectral._internal.linalg import truncated_svd
+from keras_spectral._internal.linalg import right_vectors
 from keras_spectral.kernels import KernelView
 from keras_spectral.layers.moments import Moments
 
@@ -71,26 +71,22 @@ class Fit:
         return block_diagonal(np.stack(found)).astype(kernel.dtype)
 
     def whitened(self, slices: int = 1, target: np.ndarray | None = None):
-        """`L^T K*` of each part that is factored apart, as a tensor."""
+        """`L^T K*` of each part that is factored apart, in numpy."""
         target = self.target() if target is None else target
         parts = self.view.parts(ops.convert_to_tensor(target), slices)
+        parts = ops.convert_to_numpy(parts)
         if self.moments is None:
             return parts
-        pairs = zip(self._roots(slices), ops.convert_to_numpy(parts))
-        found = np.stack([_times(root, part) for root, part in pairs])
-        return ops.convert_to_tensor(found.astype(target.dtype))
+        pairs = zip(self._roots(slices), parts)
+        return np.stack([_times(root, part) for root, part in pairs])
 
     def pair(self, slices: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """A (parts, rows, m) and B (parts, m, columns), best ranks first.
-
-        All ranks, to be cut in numpy: JAX compiles once for each shape.
-        """
+        """A (parts, rows, m) and B (parts, m, columns), best ranks first."""
         target = self.target()
-        whitened = self.whitened(slices, target)
-        _, _, v = truncated_svd(whitened, min(whitened.shape[-2:]))
+        v = right_vectors(self.whitened(slices, target))
         parts = self.view.parts(ops.convert_to_tensor(target), slices)
-        a, b = map(ops.convert_to_numpy, pair_along(parts, v))
-        return a, b
+        v = v.astype(target.dtype)
+        return pair_along(ops.convert_to_numpy(parts), v)
 
     def bias(self, matrix: np.ndarray):
         """The bias beside a kernel A B, in the layer's own shape.
