@@ -369,7 +369,8 @@ def show_table(case: str, backend: str, rows: dict[str, dict]) -> None:
     for key in known:
         table.add_column(columns[key], justify="right")
     for name, row in rows.items():
-        table.add_row(name, *[form(key, row[key]) for key in known])
+        cells = [form(key, row[key]) if key in row else "" for key in known]
+        table.add_row(name, *cells)
     Console(stderr=True).print(table)
 
 
@@ -431,7 +432,6 @@ def main() -> None:
             left_out = BLOCKS if case == "dense" else ("gated_rebuilt",)
             args.variants = [v for v in asked if v not in left_out]
             rows = measure(case, backend, args)
-            show_table(case, backend, rows)
             result = {
                 "benchmark": "step_time",
                 "backend": backend,
@@ -452,6 +452,7 @@ def main() -> None:
                 },
             }
             print(json.dumps(result), flush=True)
+            show_table(case, backend, rows)
 
 
 if __name__ == "__main__":

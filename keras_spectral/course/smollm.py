@@ -103,8 +103,13 @@ class Writer(NamedTuple):
         return self.tokenizer.decode(made)
 
 
-def empty_backbone(blocks: int = 30) -> keras.Model:
-    """SmolLM2's first blocks without their weights."""
+def empty_backbone(blocks: int = 30, dtype: Any = None) -> keras.Model:
+    """SmolLM2's first blocks without their weights.
+
+    Args:
+        blocks: How many of them.
+        dtype: A policy for all layers, such as `"bfloat16"`.
+    """
     return TiedBackbone(
         vocabulary_size=49152,
         num_layers=blocks,
@@ -115,6 +120,7 @@ def empty_backbone(blocks: int = 30) -> keras.Model:
         rope_max_wavelength=100000.0,
         layer_norm_epsilon=1e-5,
         tie_word_embeddings=True,
+        dtype=dtype,
     )
 
 
