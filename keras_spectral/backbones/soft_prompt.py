@@ -32,7 +32,13 @@ class PromptHost(Host):
         on = [
             m for m in self.members() if not m.is_off and m.batch_rows is None
         ]
-        mixed = [m for m in self.members() if m.batch_rows is not None]
+        mixed = [
+            m
+            for m in self.members()
+            if m.batch_rows is not None and m.batch_rows.any()
+        ]
+        if mixed and _has_one_each(mixed):
+            return _prompted(self.layer, mixed, inputs, kwargs, by_rows=True)
         outputs = _prompted(self.layer, on, inputs, kwargs)
         for member in mixed:
             own = _prompted(self.layer, [member], inputs, kwargs)
@@ -187,20 +193,38 @@ class PromptStack(Stack, PromptHost):
 SoftPrompt.stack = PromptStack
 
 
-def _prompted(backbone, prompts, inputs, kwargs):
-    """A backbone's outputs with prompts among its embedded tokens."""
+def _has_one_each(mixed):
+    """Whether each example of a mixed batch has one prompt of equal length."""
+    covered = (sum(m.batch_rows for m in mixed) == 1).all()
+    return covered and len({m.length for m in mixed}) == 1
+
+
+def _prompted(backbone, prompts, inputs, kwargs, by_rows=False):
+    """A backbone's outputs with prompts among its embedded tokens.
+
+    With `by_rows` each example has that prompt whose `batch_rows` say so.
+    """
     if not prompts:
         return backbone(inputs, **kwargs)
-    start, length = prompts[0].start(), sum(p.length for p in prompts)
+    start, length = prompts[0].start(), prompts[0].length
+    if not by_rows:
+        length = sum(p.length for p in prompts)
     stop, keep = start + length, prompts[0].keep
 
     def embed(original, ids, **kwargs):
         outputs = original(ids, **kwargs)
-        prompt = [p.prompt * p.adapter_strength for p in prompts]
-        prompt = ops.cast(ops.concatenate(prompt), outputs.dtype)
-        prompt = ops.broadcast_to(
-            prompt, (ops.shape(outputs)[0], *prompt.shape)
-        )
+        batch = ops.shape(outputs)[0]
+        found = [
+            ops.broadcast_to(
+                p.prompt * p.adapter_strength, (batch, *p.prompt.shape)
+            )
+            for p in prompts
+        ]
+        if by_rows:
+            prompt = sum(p.in_rows(x) for p, x in zip(prompts, found))
+        else:
+            prompt = ops.concatenate(found, axis=1)
+        prompt = ops.cast(prompt, outputs.dtype)
         pieces = [outputs[:, :start], prompt, outputs[:, stop:]]
         return ops.concatenate(pieces, axis=1)
 

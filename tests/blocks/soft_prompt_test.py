@@ -180,3 +180,31 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="generates text"):
         ks.wrap_model(task, "soft_prompt")
     assert not adapter_places(task)
+
+
+def test_a_mixed_batch_is_one_pass_where_each_has_a_prompt():
+    model, _ = _task()
+    alone = {}
+    for name, length in (("a", 2), ("b", 2), ("c", 3)):
+        ks.wrap_model(
+            model, "soft_prompt", length=length, adapter=name, seed=length
+        )
+        _randomize(model)
+        alone[name] = _numpy(model(_inputs()))
+    runs = []
+    embedding = model.backbone.token_embedding
+    original = embedding.call
+    embedding.call = lambda *args, **kwargs: (
+        runs.append(1) or original(*args, **kwargs)
+    )
+    for names, passes in (("abba", 1), ("acca", 3), (["a", None] * 2, 2)):
+        runs.clear()
+        with ks.mixed_batch(model, list(names)):
+            got = _numpy(model(_inputs()))
+        assert len(runs) == passes, names
+        for i, name in enumerate(names):
+            if name:
+                np.testing.assert_allclose(got[i], alone[name][i], atol=1e-6)
+    with ks.mixed_batch(model, list("abba")):
+        with pytest.raises(ValueError, match="4 names"):
+            model({k: x[:3] for k, x in _inputs().items()})
