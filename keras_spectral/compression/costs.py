@@ -10,6 +10,7 @@ from keras_spectral.compression.ranks import Spectrum
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels.spectra import LateProgress
 
+_FAST = 0.9  # of a layer's time
 UNITS = {"weights": "weights", "flops": "FLOPs", "latency": "ms"}
 
 
@@ -42,7 +43,9 @@ def with_costs(
 def fast_slicings(
     view: KernelView, slicings: Sequence[int], timer: Timer
 ) -> dict[int, int | None]:
-    """The slicings that are no slower than the layer, and to which rank.
+    """The slicings that are a tenth faster than the layer, and to which rank.
+
+    A tenth, as times vary, and as what follows a layer may be fused with it.
 
     One slice is always there, without a limit (None) where no rank is fast.
     More are tried, fewer first, until some are slower at a fourth of the
@@ -55,7 +58,7 @@ def fast_slicings(
         top = _largest(view, slices)
         limit = None
         for rank in sorted({max(1, top // 4), max(1, top // 2), top}):
-            if timer.pair(view, rank, slices) > timer.whole(view):
+            if timer.pair(view, rank, slices) > _FAST * timer.whole(view):
                 break
             limit = rank
         if limit is not None:
