@@ -231,12 +231,13 @@ apart = batches["prompts as words"][0] - batches["prompts by name"][0]
 print(f"words and names differ by at most {np.abs(apart).max():.0e}")
 
 # %% [markdown]
-# Words and names give the same outputs, but not in the same time. By name the
-# library runs the whole backbone once without a prompt and once for each name,
-# which takes about five times as long as the words. As words the four tasks
-# are one pass, and so are they with LoRA. The order of these two changed from
-# run to run on a busy machine: the words are eight more tokens beside 24, at
-# most a third more work, and LoRA is more small products in each layer.
+# Words and names give the same outputs, in much the same time: by name the
+# library puts each text's own vectors behind its [CLS], and the backbone runs
+# once for all tasks. So it does with LoRA. The order of the three changes from
+# run to run on a busy machine: prompts are eight more tokens beside 24, at most
+# a third more work, and LoRA is more small products in each layer. (In a batch
+# with examples that have no prompt, or prompts of unlike lengths, the backbone
+# runs once for each kind.)
 
 # %% tags=["plot"]
 from matplotlib.colors import LinearSegmentedColormap
