@@ -1,0 +1,328 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A language model at half the size
+#
+# SmolLM2 has 135 million weights, 538 megabytes of them, and knows the capital
+# of France. We take half of its bytes away in two ways. Fewer ranks cost it
+# most of what it knows, even if the ranks are chosen well; fewer bits cost it
+# nothing that we can measure. What is hard is to see why, and what the ranks
+# are good for nevertheless.
+
+# %% [markdown]
+# What you see: perplexity over megabytes, with what each model writes next. The
+# further down, the better; the lowest are the whole model and those with fewer
+# bits. With fewer ranks perplexity rises steeply. The red triangle has lost a
+# tenth of its kernels without a look at any text. The blue line is what 100
+# steps of lessons bring back.
+#
+# **You will learn**
+#
+# - to measure what a smaller language model has forgotten: perplexity;
+# - why its kernels bear so little, and what looking at text saves;
+# - to teach a smaller model with `ks.distiller`, without labels;
+# - what bits cost beside that.
+#
+# You need SmolLM2 and the sentences that `make demo` fetches, 6 GB of memory,
+# and about twenty minutes on two CPU cores.
+
+# %%
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import time
+import warnings
+
+import keras
+import matplotlib.pyplot as plt
+import ml_dtypes
+import numpy as np
+
+import keras_spectral as ks
+from keras_spectral import course
+from keras_spectral.course.smollm import LanguageModel
+from keras_spectral.course.smollm import empty_backbone
+from keras_spectral.course.smollm import smollm
+
+course.quiet()
+warnings.filterwarnings("ignore", message=".*fewer rows")
+warnings.filterwarnings("ignore", message=".*`quantize` method")
+warnings.filterwarnings("ignore", message=".*use of `x.T` on tensors")
+print("backend:", keras.backend.backend())
+
+# %% [markdown]
+# All outputs below are of the backend that is printed here, and of one seed.
+#
+# ## A language model and what it is measured by
+#
+# SmolLM2-135M is a Llama of 30 blocks (Allal et al. 2025). It gives each word
+# that might come next a probability. Its **perplexity** on a text is
+# $\exp(-\frac{1}{n} \sum_i \log p_i)$ with $p_i$ for the word that did come:
+# as many words it hesitates between, on average. A model that knows nothing
+# hesitates between all 49,152.
+#
+# Our text are editorials of the New York Times: 2,048 tokens to test on, and
+# four times as many others to look at while we compress.
+
+# %%
+BLOCKS, TEST, SEEN = (2, 2, 8) if course.FAST else (30, 32, 128)
+HALF = 0.63  # of the kernels is half of the model, whose word table stays
+writer = smollm(BLOCKS)
+whole = writer.backbone
+text = course.prose("editorials")
+tests = writer.rows(text[-1200:], 64, TEST)  # (32, 65) tokens
+seen = writer.rows(text[:-1200], 64, SEEN)[:, :-1]  # (128, 64)
+START = "The capital of France is"
+found = {}  # name: megabytes, perplexity, what it writes
+
+
+def megabytes(model):
+    bits = [int("".join(filter(str.isdigit, w.dtype))) for w in model.weights]
+    sizes = [np.prod(weight.shape) for weight in model.weights]
+    return np.dot(sizes, bits) / 8e6
+
+
+def measure(name, backbone, label, size=None):
+    size, model = size or megabytes(backbone), LanguageModel(backbone)
+    start = time.process_time()
+    perplexity = model.perplexity(tests)
+    seconds = time.process_time() - start
+    written = " ".join(writer.go_on(START, 8, backbone).split())
+    found[name] = size, perplexity, written
+    print(f"{label}, {size:.0f} MB: {perplexity:,.0f} after {seconds:.0f} s of")
+    print(f"    the processor's time. {START} {written}")
+
+
+measure("whole", whole, "whole")
+
+# %% [markdown]
+# ## Fewer ranks
+#
+# Seven kernels a block, 210 in all, and each becomes a product of two thin
+# ones. We remove a tenth of their weights: at first the directions that count
+# least in the *kernels*, then those that count least in the *outputs* on our
+# text, of which `calibrate` keeps the second moments
+# ([compression](04_compression.ipynb) explains both). **Guess** before you look:
+# what does the model write without a tenth?
+
+# %%
+inputs = {"token_ids": seen, "padding_mask": np.ones_like(seen)}
+calibration = ks.calibrate(whole, inputs, batch_size=16)
+squares = [np.diag(moments.matrix()) for moments in calibration.values()]
+peaks = [np.sqrt(x.max() / np.median(x)) for x in squares]
+print(
+    f"the largest input of a layer is {np.median(peaks):.0f} times its median"
+)
+print(f"(half of the layers have more), and {max(peaks):.0f} times in one")
+options = {"method": "uniform", "target": "all-linear"}
+RATIOS = (0.1, HALF) if course.FAST else (0.1, 0.3, HALF)
+small = {}
+for way, given in (("kernels", None), ("outputs", calibration)):
+    for ratio in RATIOS if given else RATIOS[:1]:
+        small[way, ratio] = ks.compress_model(
+            whole, ratio, calibration=given, **options
+        )
+        label = f"{ratio:.0%} less, by {way}"
+        measure((way, ratio), small[way, ratio], label)
+
+# %% [markdown]
+# A tenth is nothing, and yet the model is destroyed if the kernels alone decide:
+# it hesitates between more words than there are, since it is sure of wrong
+# ones. The directions that count least in a kernel are not those that count
+# least for text: in a typical layer the largest input is 17 times as large as
+# the median, in one 2,410 times, and what a kernel loses there counts as much
+# more.
+#
+# Looking at the outputs on 8,192 tokens saves it: 187 in the place of five
+# million. But even so each share costs a lot. The kernels were trained on
+# trillions of words, and there is little in them that text does not use. What
+# MiniLM bore in [compression](04_compression.ipynb), half of its kernels, was
+# for one easy question; this model has to know a bit of everything.
+#
+# ## Teach it
+#
+# What it forgot, the whole model still knows. `ks.distiller` trains the small
+# one on the whole one's probabilities: at each place of the text all 49,152 of
+# them, which say far more than the one word that came. No labels are needed.
+# We let a LoRA on the thin kernels learn (`recover="lora"`) and put it into
+# them when it has learned (`ks.finalize_transfer`), so that the model stays as
+# small. Training all of the thin kernels instead takes a much lower rate.
+
+# %%
+STEPS, BATCH = (2, 2) if course.FAST else (100, 4)
+lessons = writer.rows(text[:-1200], 64, STEPS * BATCH)[:, :-1]
+pupil = ks.compress_model(
+    whole, HALF, calibration=calibration, recover="lora", **options
+)
+student, teacher = LanguageModel(pupil), LanguageModel(whole)
+student(lessons[:1]), teacher(lessons[:1])  # builds them
+lesson = ks.distiller(student, teacher, label_weight=0)
+lesson.compile(keras.optimizers.Adam(1e-3, clipnorm=1.0))
+lesson.fit(lessons, batch_size=BATCH, verbose=0)
+ks.finalize_transfer(pupil)
+measure(("taught", HALF), pupil, f"{HALF:.0%} less, {STEPS} steps")
+
+# %% [markdown]
+# A hundred steps take perplexity from 1,485 to 488, with a few minutes of one
+# core and 25,600 tokens. More steps and more text help further; those who
+# prune language models train them again on billions of tokens. It still does
+# not know Paris: what the ranks held is gone, and editorials do not say it.
+#
+# ## Fewer bits
+#
+# The same bytes can go another way: keep all weights, and give each fewer
+# bits. To store 16 of 32 bits is a cast. Keras rounds kernels and the word
+# table to 8 or 4 bits in one call ([small machines](10_small_machines.ipynb)
+# shows how that works).
+
+
+# %%
+def rounded(bits):
+    backbone = empty_backbone(BLOCKS)
+    weights = whole.get_weights()
+    if bits == 16:  # kept as bfloat16, computed in float32
+        weights = [np.float32(w.astype(ml_dtypes.bfloat16)) for w in weights]
+    backbone.set_weights(weights)
+    if bits < 16:
+        backbone.quantize(f"int{bits}")
+    return backbone
+
+
+for bits in (16, 8, 4):
+    size = found["whole"][0] / 2 if bits == 16 else None
+    measure(("bits", bits), rounded(bits), f"{bits} bits", size)
+
+# %% [markdown]
+# Half of the bytes, and the perplexity is the same: a weight of 16 bits has
+# more digits than training gave it. A quarter costs 3 %, and even in a seventh
+# of the bytes it knows Paris. (Our SmolLM2 comes out of a file of 4 bits, though
+# of another grid, so it is used to rounding.)
+#
+# Rounding moves every weight a little, at random, and the errors of hundreds of
+# weights nearly cancel in an output. A rank that is cut is missing altogether.
+# So: **bits first**. What ranks are good for is what bits cannot do: fewer
+# operations. Look at the seconds above: with 8 and 4 bits the model takes two to
+# three times as long as whole, as a CPU unpacks numbers before it can multiply
+# them; half of the bytes by ranks takes three quarters of the time. And both
+# stack, with a LoRA on top ([adapters on integers](10_small_machines.ipynb)).
+
+
+# %% tags=["plot"]
+def draw():
+    figure, axis = plt.subplots(figsize=(9.5, 5.6), layout="constrained")
+    top = 4e3
+    ways = {
+        "outputs": ("#9ca3af", "s", "fewer ranks, chosen by outputs"),
+        "taught": ("#2563eb", "o", "then taught by the whole model"),
+        "bits": ("#059669", "D", "fewer bits"),
+    }
+    for way, (color, marker, label) in ways.items():
+        start = ("outputs", HALF) if way == "taught" else "whole"
+        keys = [start, *(key for key in found if key[0] == way)]
+        x, y = zip(*((found[key][0], min(found[key][1], top)) for key in keys))
+        line = {"c": color, "marker": marker, "ms": 8, "lw": 1.5}
+        axis.plot(x, y, label=label, **line)
+    x = found["kernels", 0.1][0]
+    axis.plot(x, top, "^", c="#dc2626", ms=9, label="by kernels, off the axis")
+    for key, (x, perplexity, written) in found.items():
+        text = f'{perplexity:,.0f}: "...{written.split(".")[0][:22]}"'
+        offset, side = (0, -16), "center"
+        if key == ("bits", 4):
+            offset = (0, 10)
+        elif key[0] == "outputs":
+            offset, side = (9, 4), "left"
+        elif key[0] == "taught":
+            offset, side = (-9, -3), "right"
+        axis.annotate(
+            text,
+            (x, min(perplexity, top)),
+            offset,
+            textcoords="offset points",
+            ha=side,
+            fontsize=9,
+        )
+    half = found["whole"][0] / 2
+    axis.axvline(half, c="k", lw=0.8, ls=":")
+    axis.text(half - 4, 55, "half", ha="right")
+    axis.set(yscale="log", ylim=(50, 1.4 * top), xlim=(0, 1.2 * 2 * half))
+    axis.set_yticks([100, 300, 1000, 3000], ["100", "300", "1,000", "3,000"])
+    axis.set(xlabel="megabytes", ylabel="perplexity on editorials")
+    axis.set_title(f'"{START} ..."')
+    axis.legend(frameon=False, loc="upper left")
+    axis.spines[["top", "right"]].set_visible(False)
+    course.show(figure, "16_language_model")
+
+
+# %% tags=["picture"] alt="Perplexity over megabytes. Fewer bits are a flat green line: 87 whole at 538 MB, 87 at half, 89 at a quarter, 132 at a seventh, and all of them write Paris. Fewer ranks, chosen by outputs, are a grey line that rises steeply from 87 to 187, 399 and 1,485 at half of the bytes, and none writes Paris. A blue line leads from there down to 488, after lessons. A red triangle at 495 MB, cut by kernels, is off the axis at five million."
+draw()
+
+# %% [markdown]
+# ## Checks
+
+# %% tags=["checks"]
+sizes = {key: size for key, (size, *_) in found.items()}
+lost = {key: perplexity for key, (_, perplexity, _) in found.items()}
+assert sizes["bits", 8] < 0.27 * sizes["whole"]
+assert sizes["bits", 4] < 0.15 * sizes["whole"]
+assert sizes["outputs", 0.1] == sizes["kernels", 0.1] < sizes["whole"]
+assert np.isclose(sizes["taught", HALF], sizes["outputs", HALF], 1e-2)
+if not course.FAST:
+    assert "Paris" in found["whole"][2] and "Paris" in found["bits", 8][2]
+    assert lost["bits", 8] < 1.1 * lost["whole"]
+    assert 100 * lost["outputs", 0.1] < lost["kernels", 0.1]
+    assert lost["taught", HALF] < lost["outputs", HALF] / 2
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Where are the bytes? Count the share of the word table in the whole model
+#    and in the one with half of the bytes. What ratio would `compress_model`
+#    need for a quarter of the whole?
+# 2. Later layers of a small model get other inputs than those that they were
+#    fitted to. Compress by a tenth with `sequential=True`, which fits each
+#    layer to what the layers before it really give now. What does it gain, and
+#    what does it cost?
+
+# %% [markdown]
+# ### Solution 1
+
+# %% tags=["solution"]
+table = 4e-6 * np.prod(whole.token_embedding.embeddings.shape)
+for name in ("whole", ("outputs", HALF)):
+    print(f"{name}: {table / sizes[name]:.0%} of the bytes are the table")
+kernels = sizes["whole"] - table  # and norms, of next to nothing
+print(f"a quarter needs {1 - (sizes['whole'] / 4 - table) / kernels:.0%}")
+
+# %% [markdown]
+# ### Solution 2
+
+# %% tags=["solution"]
+start = time.process_time()
+row = ks.compress_model(
+    whole,
+    RATIOS[0],
+    calibration=inputs,
+    sequential=True,
+    batch_size=SEEN,  # one batch: each layer is run once
+    **options,
+)
+print(f"{time.process_time() - start:.0f} s of the processor's time:")
+measure("sequential", row, f"{RATIOS[0]:.0%} less, layer after layer")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Allal et al. 2025, *SmolLM2*, arXiv 2502.02737.
+# - Wang et al. 2024, *SVD-LLM*, arXiv 2403.07378: truncation by outputs, and
+#   layer after layer.
+# - Hinton et al. 2015, arXiv 1503.02531: what a teacher's probabilities say.
+# - Frantar et al. 2022, *GPTQ*, arXiv 2210.17323: rounding to 4 bits by
+#   outputs, which loses less than rounding alone.
