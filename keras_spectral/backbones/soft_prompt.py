@@ -38,7 +38,7 @@ class PromptHost(Host):
             if m.batch_rows is not None and m.batch_rows.any()
         ]
         if mixed and _has_one_each(mixed):
-            return _prompted(self.layer, mixed, inputs, kwargs, by_rows=True)
+            return _prompted(self.layer, mixed, inputs, kwargs)
         outputs = _prompted(self.layer, on, inputs, kwargs)
         for member in mixed:
             own = _prompted(self.layer, [member], inputs, kwargs)
@@ -199,16 +199,16 @@ def _has_one_each(mixed):
     return covered and len({m.length for m in mixed}) == 1
 
 
-def _prompted(backbone, prompts, inputs, kwargs, by_rows=False):
+def _prompted(backbone, prompts, inputs, kwargs):
     """A backbone's outputs with prompts among its embedded tokens.
 
-    With `by_rows` each example has that prompt whose `batch_rows` say so.
+    In a mixed batch all are of one length, and an example has its own.
     """
     if not prompts:
         return backbone(inputs, **kwargs)
-    start, length = prompts[0].start(), prompts[0].length
-    if not by_rows:
-        length = sum(p.length for p in prompts)
+    mixed = prompts[0].batch_rows is not None
+    lengths = [p.length for p in prompts]
+    start, length = prompts[0].start(), lengths[0] if mixed else sum(lengths)
     stop, keep = start + length, prompts[0].keep
 
     def embed(original, ids, **kwargs):
@@ -220,7 +220,7 @@ def _prompted(backbone, prompts, inputs, kwargs, by_rows=False):
             )
             for p in prompts
         ]
-        if by_rows:
+        if mixed:
             prompt = sum(p.in_rows(x) for p, x in zip(prompts, found))
         else:
             prompt = ops.concatenate(found, axis=1)

@@ -159,7 +159,11 @@ def test_example_in_two_processes(tmp_path):
     }
     flags = [f"--hosts={','.join(hosts)}", "--virtual=2", "--split=2"]
     many, one = tmp_path / "many.safetensors", tmp_path / "one.safetensors"
-    runs = [[*flags, f"--process={i}", "--out", many] for i in range(2)]
+    unwritten = tmp_path / "second.safetensors"
+    runs = [
+        [*flags, f"--process={i}", "--out", path]
+        for i, path in enumerate((many, unwritten))
+    ]
     started = [
         subprocess.Popen(
             [sys.executable, EXAMPLE, *run],
@@ -173,7 +177,7 @@ def test_example_in_two_processes(tmp_path):
     done = [(*each.communicate(), each.returncode) for each in started]
     assert [code for *_, code in done] == [0, 0, 0], done[0][1][-3000:]
     first, second, alone = (_accuracy(out) for out, *_ in done)
-    assert first == second
+    assert first == second and not unwritten.exists()
     np.testing.assert_allclose(first, alone, atol=0.005)
     assert "P(None, 'model')" in done[0][0]
     expected = load_file(one)
