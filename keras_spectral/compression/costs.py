@@ -55,17 +55,27 @@ def fast_slicings(
     if not timer.knows_sizes(view):
         return found
     for slices in slicings:
-        top = _largest(view, slices)
-        limit = None
-        for rank in sorted({max(1, top // 4), max(1, top // 2), top}):
-            if timer.pair(view, rank, slices) > _FAST * timer.whole(view):
-                break
-            limit = rank
+        limit = _fast_rank(view, slices, timer)
         if limit is not None:
             found[slices] = limit
         elif slices > 1:
             break
     return found
+
+
+def _fast_rank(view, slices, timer):
+    """The largest fast rank, or None; between timed ranks times are linear."""
+    fast, top = _FAST * timer.whole(view), _largest(view, slices)
+    ranks, times = [], []
+    for rank in sorted({max(1, top // 4), max(1, top // 2), top}):
+        ranks.append(rank)
+        times.append(timer.pair(view, rank, slices))
+        if times[-1] > fast:
+            break
+    if times[0] > fast:
+        return None
+    every = np.arange(ranks[0], ranks[-1] + 1)
+    return int(every[np.interp(every, ranks, times) <= fast][-1])
 
 
 def _largest(view, slices=1):

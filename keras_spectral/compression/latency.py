@@ -11,7 +11,7 @@ from keras_spectral._backend import inference_of
 from keras_spectral.compression.pairs import low_rank_layer
 from keras_spectral.kernels import KernelView
 
-_SECONDS, _MOST_RUNS = 0.05, 20
+_SECONDS, _FEWEST_RUNS, _MOST_RUNS = 0.05, 5, 20
 # What says nothing about the time that a layer takes.
 _IDLE = ("name", "trainable", "_initializer", "_regularizer", "_constraint")
 
@@ -84,7 +84,9 @@ def milliseconds(layer: keras.layers.Layer, shape: tuple[int, ...]) -> float:
     )
     run()  # compiles
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < _SECONDS and len(times) < _MOST_RUNS):
+    while len(times) < _FEWEST_RUNS or (
+        sum(times) < _SECONDS and len(times) < _MOST_RUNS
+    ):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
