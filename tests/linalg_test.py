@@ -4,6 +4,8 @@ from keras import ops
 
 from keras_spectral._backend import solve_positive
 from keras_spectral._internal.linalg import cayley
+from keras_spectral._internal.linalg import leading_pair
+from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral._internal.linalg import pair_along
 from keras_spectral._internal.linalg import randomized_svd
 from keras_spectral._internal.linalg import right_vectors
@@ -153,7 +155,8 @@ def test_values_and_right_vectors_in_numpy(shape):
     matrix = np.random.default_rng(3).normal(size=shape).astype("float32")
     _, s, vt = np.linalg.svd(np.float64(matrix), full_matrices=False)
     np.testing.assert_allclose(singular_values(matrix), s, rtol=1e-6)
-    v = right_vectors(matrix)
+    rank = min(shape[-2:])
+    v = right_vectors(matrix, rank)
     shared = np.abs(np.swapaxes(v, -1, -2) @ np.swapaxes(vt, -1, -2))
     np.testing.assert_allclose(
         shared,
@@ -164,6 +167,16 @@ def test_values_and_right_vectors_in_numpy(shape):
     np.testing.assert_allclose(a @ b, matrix, atol=1e-5)
     lengths = np.linalg.norm(a, axis=-2), np.linalg.norm(b, axis=-1)
     np.testing.assert_allclose(*lengths, rtol=1e-5)
+    for pair in (leading_pair(matrix, 3), (a[..., :3], b[..., :3, :])):
+        wanted = [ops.convert_to_numpy(x) for x in nearest_pair(matrix, 3)]
+        np.testing.assert_allclose(
+            np.matmul(*pair), np.matmul(*wanted), atol=1e-5
+        )
+        lengths = (
+            np.linalg.norm(pair[0], axis=-2),
+            np.linalg.norm(pair[1], axis=-1),
+        )
+        np.testing.assert_allclose(*lengths, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
@@ -175,10 +188,11 @@ def test_right_vectors_of_a_low_rank(shape):
         rng.integers(-3, 4, (3, shape[1])),
     )
     matrix = np.matmul(*factors).astype("float32")  # exact: of rank 3
-    v = right_vectors(matrix)
+    zeros = np.zeros(shape, "float32")
     for rank in (3, 10, 40):
-        a, b = pair_along(matrix, v[:, :rank].astype("float32"))
-        np.testing.assert_allclose(a @ b, matrix, atol=1e-3)
-    zeros = right_vectors(np.zeros(shape, "float32"))
-    a, b = pair_along(np.zeros(shape, "float32"), zeros)
-    assert np.isfinite(a).all() and np.isfinite(b).all()
+        v = right_vectors(matrix, rank).astype("float32")
+        for a, b in (pair_along(matrix, v), leading_pair(matrix, rank)):
+            np.testing.assert_allclose(a @ b, matrix, atol=1e-3)
+        v = right_vectors(zeros, rank)
+        for a, b in (pair_along(zeros, v), leading_pair(zeros, rank)):
+            assert np.isfinite(a).all() and np.isfinite(b).all()

@@ -118,8 +118,8 @@ def singular_values(matrix: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(values[..., ::-1], 0))
 
 
-def right_vectors(matrix: np.ndarray) -> np.ndarray:
-    """All right singular vectors of a numpy matrix, in float64.
+def right_vectors(matrix: np.ndarray, rank: int) -> np.ndarray:
+    """The first right singular vectors of a numpy matrix, in float64.
 
     In the order of descending values, and by the same way as
     `singular_values`. Those of values that are only rounding are zeros, if
@@ -127,13 +127,13 @@ def right_vectors(matrix: np.ndarray) -> np.ndarray:
 
     Args:
         matrix: K (..., n_in, n_out).
+        rank: How many, at most min(n_in, n_out).
 
     Returns:
-        (..., n_out, min(n_in, n_out)).
+        (..., n_out, rank).
     """
     matrix = np.float64(matrix)
-    _, vectors = np.linalg.eigh(_smaller_product(matrix))
-    vectors = vectors[..., ::-1]
+    vectors = _leading_vectors(matrix, rank)
     if matrix.shape[-1] <= matrix.shape[-2]:
         return vectors
     images = np.swapaxes(matrix, -1, -2) @ vectors
@@ -159,6 +159,21 @@ def pair_along(matrix: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
     root = np.sqrt(np.linalg.norm(a, axis=-2, keepdims=True))
     root = np.where(root > 0, root, 1)
     return a / root, np.swapaxes(v * root, -1, -2)
+
+
+def leading_pair(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, ...]:
+    """`nearest_pair` of a numpy matrix, by the way of `singular_values`."""
+    v = _leading_vectors(np.float64(matrix), rank).astype(matrix.dtype)
+    if matrix.shape[-1] <= matrix.shape[-2]:
+        return pair_along(matrix, v)
+    b, a = pair_along(np.swapaxes(matrix, -1, -2), v)
+    return np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
+
+
+def _leading_vectors(matrix, rank):
+    """Singular vectors on the smaller side."""
+    _, vectors = np.linalg.eigh(_smaller_product(matrix))
+    return vectors[..., : -rank - 1 : -1]
 
 
 def _smaller_product(matrix):

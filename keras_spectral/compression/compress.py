@@ -238,7 +238,10 @@ def compress_model(
             if choice.rank is not None
         }
         prepare_recovery(small, whole, recover, spared)
-    errors = [pairs[v.layer].error if v.layer in pairs else 0.0 for v in views]
+    errors = [
+        _error(pairs.get(v.layer), s, c)
+        for v, s, c in zip(views, spectra, left)
+    ]
     timed = timer if measure == "latency" or latencies is not None else None
     rows = [
         _row(*x, timed) for x in zip(chosen, views, spectra, choices, errors)
@@ -286,6 +289,15 @@ def _pairs(plan):
             pairs[layer] = fitted_pair(*entry)
             progress.advance(1)
     return pairs
+
+
+def _error(pair, spectrum, choice):
+    """What is lost of the outputs, or of a kernel that no data were for."""
+    if pair is None:
+        return 0.0
+    if pair.error is None:
+        return spectrum.relative_error(choice)
+    return pair.error
 
 
 def _check_count(small, before, spectra, choices):

@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._internal.linalg import block_diagonal
+from keras_spectral._internal.linalg import leading_pair
 from keras_spectral._internal.linalg import pair_along
 from keras_spectral._internal.linalg import right_vectors
 from keras_spectral.kernels import KernelView
@@ -80,13 +81,15 @@ class Fit:
         pairs = zip(self._roots(slices), parts)
         return np.stack([_times(root, part) for root, part in pairs])
 
-    def pair(self, slices: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """A (parts, rows, m) and B (parts, m, columns), best ranks first."""
+    def pair(self, rank: int, slices: int = 1) -> tuple[np.ndarray, ...]:
+        """A (parts, rows, rank) and B (parts, rank, columns)."""
         target = self.target()
-        v = right_vectors(self.whitened(slices, target))
         parts = self.view.parts(ops.convert_to_tensor(target), slices)
-        v = v.astype(target.dtype)
-        return pair_along(ops.convert_to_numpy(parts), v)
+        parts = ops.convert_to_numpy(parts)
+        if self.moments is None:
+            return leading_pair(parts, rank)
+        v = right_vectors(self.whitened(slices, target), rank)
+        return pair_along(parts, v.astype(target.dtype))
 
     def bias(self, matrix: np.ndarray):
         """The bias beside a kernel A B, in the layer's own shape.
@@ -104,8 +107,6 @@ class Fit:
     def error(self, matrix: np.ndarray) -> float:
         """`|X K - X' A B| / |X K|`, less means where the bias has them."""
         kernel, matrix = np.float64(self.kernel()), np.float64(matrix)
-        if self.moments is None:
-            return _ratio(_size(kernel - matrix), _size(kernel))
         second = self._second()
         if self.cross is None:
             lost = kernel - matrix
@@ -208,10 +209,6 @@ def _inner(left, second, right):
     """The sum of squares of outputs, `tr(left^T second right)`."""
     seen = second @ right if second.ndim == 2 else _column(second) * right
     return float((left * seen).sum())
-
-
-def _size(matrix):
-    return float((matrix**2).sum())
 
 
 def _ratio(lost, total):

@@ -52,9 +52,10 @@ def _losses(model, fit, spectrum, batch, wanted):
     # PyTorch's arrays are the variables themselves.
     kernel = ops.convert_to_numpy(view.matrix()).copy()
     before = None if bias is None else ops.convert_to_numpy(bias).copy()
-    a, b = fit.pair()
+    ranks = _ranks(spectrum)
+    a, b = fit.pair(ranks[-1])
     losses = {}
-    for rank in _ranks(spectrum):
+    for rank in ranks:
         matrix = joined(view, a[..., :rank], b[..., :rank, :])
         if fit.centred:
             bias.assign(fit.bias(matrix))

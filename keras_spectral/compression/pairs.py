@@ -16,20 +16,22 @@ from keras_spectral.kernels import kernel_view
 
 
 class Pair(NamedTuple):
-    """A layer's pair, and its `Fit.error`."""
+    """A layer's pair, and its `Fit.error` where that is of outputs."""
 
     layer: LowRank
-    error: float
+    error: float | None
 
 
 def fitted_pair(fit: Fit, choice: Choice) -> Pair:
     """The pair that fits best at a rank, as a layer."""
-    a, b = fit.pair(choice.slices)
-    a, b = a[..., : choice.rank], b[..., : choice.rank, :]
-    matrix = joined(fit.view, a, b)
-    layer = low_rank_layer(fit.view, a, b, fit.bias(matrix))
+    a, b = fit.pair(choice.rank, choice.slices)
+    bias, error = None, None
+    if fit.moments is not None:
+        matrix = joined(fit.view, a, b)
+        bias, error = fit.bias(matrix), fit.error(matrix)
+    layer = low_rank_layer(fit.view, a, b, bias)
     layer.trainable = fit.view.layer.trainable
-    return Pair(layer, fit.error(matrix))
+    return Pair(layer, error)
 
 
 def low_rank_layer(view: KernelView, a, b, bias=None) -> LowRank:
