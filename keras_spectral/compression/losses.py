@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral._backend import without_gradients
 from keras_spectral.compression.fit import Fit
 from keras_spectral.compression.fit import joined
@@ -78,7 +79,7 @@ def _outputs(model, batch):
     mask = padding_of(batch)
     found = []
     for output in keras.tree.flatten(model(batch, training=False)):
-        output = np.float64(ops.convert_to_numpy(ops.cast(output, "float32")))
+        output = np.float64(to_numpy(output))
         if mask is not None and output.shape[:2] == tuple(mask.shape):
             kept = np.float64(ops.convert_to_numpy(mask))
             output *= kept.reshape(*kept.shape, *[1] * (output.ndim - 2))

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral._internal.checks import check_whole
 from keras_spectral.compression.codebook import k_means
 from keras_spectral.compression.codebook import nearest
@@ -60,7 +61,7 @@ class Clustered(QuantizedKernel):
         super().build(input_shape)
         variable = self.view.variable()
         variable.trainable = False
-        kernel = ops.convert_to_numpy(ops.cast(variable, "float32"))
+        kernel = to_numpy(variable)
         values = k_means(kernel, 2**self.bits)
         self.codebook = self.add_weight(
             shape=values.shape, name="codebook", dtype="float32"

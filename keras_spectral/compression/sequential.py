@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral._backend import without_gradients
 from keras_spectral._internal.intercept import intercepted
 from keras_spectral.compression.fit import Fit
@@ -178,7 +179,7 @@ def _groups(model, members, batch):
 
 def _check_halves(view, inputs):
     """Raises unless a batch taken twice is two equal halves of the rows."""
-    rows = ops.convert_to_numpy(ops.cast(view.input_rows(inputs), "float32"))
+    rows = to_numpy(view.input_rows(inputs))
     first, second = np.split(rows[: len(rows) // 2 * 2], 2)
     gap, size = np.linalg.norm(first - second), np.linalg.norm(first)
     if len(rows) % 2 or not gap <= 1e-2 * max(size, 1e-30):

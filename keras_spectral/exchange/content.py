@@ -5,6 +5,7 @@ import collections
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral.exchange import prompts
 from keras_spectral.exchange.config import is_saved_module
 from keras_spectral.exchange.config import is_target
@@ -290,7 +291,7 @@ class Content:
             bias = getattr(layer, name)
             value = change.reshape(bias.shape)
             if key in self.copies:
-                now = ops.convert_to_numpy(ops.cast(bias, "float32"))
+                now = to_numpy(bias)
                 self.copies[key][1][name] = now + value
                 continue
             piece = Piece(place, "bitfit", {}, {"bias_delta": value})

@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 import numpy as np
-from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral.exchange.names import HubNames
 from keras_spectral.exchange.names import Part
 from keras_spectral.exchange.pairs import join_pairs
@@ -67,7 +67,7 @@ def ia3_tensors(names: HubNames, adapters: list[Place]) -> Written:
         gains = [
             np.ones(part.view.n_out, "float32")
             if layer is None
-            else ops.convert_to_numpy(layer.gains)
+            else to_numpy(layer.gains)
             for layer, part in zip(found, parts)
         ]
         same = all(np.array_equal(gains[0], other) for other in gains)

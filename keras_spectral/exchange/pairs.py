@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._backend import number_in
+from keras_spectral._backend import to_numpy
 from keras_spectral._internal.linalg import nearest_pair
 from keras_spectral.exchange.names import Part
 from keras_spectral.layers import AdapterLayer
@@ -66,8 +67,8 @@ def pair_of(
         return _dora_pair(adapter, rank), 0.0
     if plain and adapter.pair.start_a is None and as_made:
         pair = Pair(
-            _array(adapter.lora_a),
-            _array(adapter.lora_b),
+            to_numpy(adapter.lora_a),
+            to_numpy(adapter.lora_b),
             adapter.alpha,
             adapter.scaling == "rslora",
         )
@@ -81,7 +82,7 @@ def pair_of(
         )
     most = adapter.view.max_rank
     (a, b), error = lora_pair(adapter, min(rank or most, most))
-    a, b = _without_zeros(_array(a), _array(b))
+    a, b = _without_zeros(to_numpy(a), to_numpy(b))
     if rank is not None and a.shape[1] > rank:
         a, b, error = _truncated(adapter, rank)
     return Pair(a, b, a.shape[1]), error
@@ -124,14 +125,14 @@ def join_pairs(parts: list[Part], pairs: dict[str, Pair]) -> Pair:
         magnitude = np.zeros(total, "float32")
         for part in parts:
             pair = pairs.get(part.place.key)
-            norms = np.linalg.norm(_array(part.view.matrix()), axis=0)
+            norms = np.linalg.norm(to_numpy(part.view.matrix()), axis=0)
             own = norms if pair is None else pair.magnitude
             magnitude[part.columns] = own
     return Pair(a, b, alpha, first.rooted, magnitude)
 
 
 def _dora_pair(adapter, rank):
-    a, b = map(_array, adapter.pair.factors())
+    a, b = map(to_numpy, adapter.pair.factors())
     if rank is not None and a.shape[1] > rank:
         raise ValueError(
             f"Layer '{adapter.name}' is a DoRADense of rank {a.shape[1]}. "
@@ -139,7 +140,7 @@ def _dora_pair(adapter, rank):
             "the columns' norms belong to the whole."
         )
     rooted = adapter.scaling == "rslora"
-    pair = Pair(a, b, 1.0, rooted, _array(adapter.magnitude))
+    pair = Pair(a, b, 1.0, rooted, to_numpy(adapter.magnitude))
     if adapter.pair.start_a is None:
         return pair._replace(alpha=adapter.alpha)
     # With the start beside it the rank has doubled, the scale has not.
@@ -155,12 +156,7 @@ def _without_zeros(a, b):
 
 
 def _truncated(adapter, rank):
-    wanted = _array(adapter.delta_matrix())
-    a, b = map(_array, nearest_pair(ops.convert_to_tensor(wanted), rank))
+    wanted = to_numpy(adapter.delta_matrix())
+    a, b = map(to_numpy, nearest_pair(ops.convert_to_tensor(wanted), rank))
     size = max(float(np.linalg.norm(wanted)), 1e-30)
     return a, b, float(np.linalg.norm(wanted - a @ b)) / size
-
-
-def _array(tensor):
-    tensor = ops.cast(ops.convert_to_tensor(tensor), "float32")
-    return np.asarray(ops.convert_to_numpy(tensor))

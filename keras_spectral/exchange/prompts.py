@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral.backbones import SoftPrompt
 from keras_spectral.blocks import PrefixTuning
 from keras_spectral.blocks.kinds import BlockView
@@ -56,7 +57,7 @@ def prompt_tensors(
             )
         fields |= {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
         fields |= _sizes(model, first.prompt.shape[-1])
-        return {KEY: _array(first.prompt)}, fields, errors
+        return {KEY: to_numpy(first.prompt)}, fields, errors
     blocks = {place.key for place in _blocks(model)}
     if blocks != {place.key for place in adapters} or any(
         place.layer.length != first.length for place in adapters
@@ -68,7 +69,7 @@ def prompt_tensors(
         )
     rows = []
     for place in adapters:
-        keys, values = map(_array, place.layer.prefix.keys_and_values())
+        keys, values = map(to_numpy, place.layer.prefix.keys_and_values())
         rows += [_turned(place.layer.view, keys, first.length), values]
     heads = _heads(first.view)
     fields |= {
@@ -146,7 +147,7 @@ def _turned(view, keys, positions):
         order = ops.convert_to_numpy(turn(probe, start_index=0)).reshape(-1)
         keys = ops.take(keys, np.argsort(order), axis=-1)
         turn = attention.rope_layer
-    return _array(turn(keys, start_index=positions)).reshape(len(keys), -1)
+    return to_numpy(turn(keys, start_index=positions)).reshape(len(keys), -1)
 
 
 def _heads(view):
@@ -174,7 +175,3 @@ def _wrong_shape(tensor, expected):
         f"The tensor '{KEY}' has shape {tensor.shape}. Expected {expected}: "
         "the adapter belongs to a base of another size, or is damaged."
     )
-
-
-def _array(tensor):
-    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))

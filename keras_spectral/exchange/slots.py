@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral.exchange.recorder import Source
 from keras_spectral.kernels import kernel_view
 
@@ -58,7 +59,7 @@ _MOST_KNOWN = 1000
 
 def to_tensor(slot: Slot, layer: keras.layers.Layer, value) -> np.ndarray:
     """A weight's value as the Hugging Face tensor, if it is all of that."""
-    value = ops.convert_to_numpy(ops.cast(value, "float32"))
+    value = to_numpy(value)
     if slot.layout == "vector":
         return value.reshape(-1)
     if slot.layout == "table":

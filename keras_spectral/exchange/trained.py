@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
-from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral.exchange.names import HubNames
 from keras_spectral.exchange.slots import slot_of
 from keras_spectral.exchange.slots import to_tensor
@@ -99,7 +99,7 @@ def bias_tensors(
             place = left.pop(weight.place.key, None)
             if place is not None:
                 value = value + place.layer.bias_delta
-            pieces.append(_array(value).reshape(-1))
+            pieces.append(to_numpy(value).reshape(-1))
         tensors[module + inner] = np.concatenate(pieces)
     for place in left.values():
         raise ValueError(
@@ -129,7 +129,3 @@ def _outputs(source, slot):
     if slot.layout == "vector":
         return int(np.prod(source.shape))
     return source.shape[1] if slot.layout == "table" else slot.total
-
-
-def _array(tensor):
-    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_spectral._backend import is_first_process
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.checks import check_path
 from keras_spectral._internal.checks import check_rank
@@ -51,6 +52,8 @@ def save_peft(
     The names in it are those of the task's class in transformers: of
     `LlamaForCausalLM` for a `Llama3CausalLM`, of the bare model for a
     backbone. They are taken from KerasHub's own converter.
+
+    Of several processes of JAX the first one writes, and all call this.
 
     Args:
         model: A wrapped KerasHub task or backbone of a family that KerasHub
@@ -125,7 +128,9 @@ def save_peft(
         "inference_mode": True,
         **fields,
     }
-    write_folder(folder, config, tensors, model_card(model, config, errors))
+    card = model_card(model, config, errors)
+    if is_first_process():
+        write_folder(folder, config, tensors, card)
     return errors
 
 

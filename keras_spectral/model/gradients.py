@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._backend import gradient_function
+from keras_spectral._backend import to_numpy
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.compiling import check_compiled
 from keras_spectral._internal.evaluate import batches
@@ -76,7 +77,7 @@ def kernel_gradients(
     variables = [view.variable() for view in views.values()]
     found = loss_gradients(model, variables)(batch)
     return {
-        path: ops.convert_to_numpy(ops.cast(view.to_matrix(g), "float32"))
+        path: to_numpy(view.to_matrix(g))
         for (path, view), g in zip(views.items(), found)
     }
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_model
 from keras_spectral._internal.compiling import check_compiled
@@ -129,7 +129,7 @@ def _members(model, groups):
 
 
 def _square(array):
-    array = ops.convert_to_numpy(ops.cast(array, "float32"))
+    array = to_numpy(array)
     return float(np.square(array, dtype="float64").sum())
 
 

@@ -21,6 +21,7 @@ from keras_spectral.layers.adapter import METHODS
 
 PROGRAM = pathlib.Path(__file__).with_name("on_devices.py")
 EXAMPLE = PROGRAM.parents[2] / "examples" / "distributed.py"
+AND_PEFT = pathlib.Path(__file__).with_name("example_and_peft.py")
 pytestmark = pytest.mark.slow
 
 
@@ -147,7 +148,10 @@ def test_example_on_one_and_four_devices(flags, tmp_path):
 
 
 def test_example_in_two_processes(tmp_path):
-    """As on two machines of two devices, with kernels in two parts."""
+    """As on two machines of two devices, with kernels in two parts.
+
+    And folders for HF PEFT are written as by one process.
+    """
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     hosts = ["{}:{}".format(*each.getsockname()) for each in sockets]
     for each in sockets:
@@ -166,7 +170,7 @@ def test_example_in_two_processes(tmp_path):
     ]
     started = [
         subprocess.Popen(
-            [sys.executable, EXAMPLE, *run],
+            [sys.executable, AND_PEFT, EXAMPLE, *run],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -180,9 +184,12 @@ def test_example_in_two_processes(tmp_path):
     assert first == second and not unwritten.exists()
     np.testing.assert_allclose(first, alone, atol=0.005)
     assert "P(None, 'model')" in done[0][0]
-    expected = load_file(one)
-    for name, value in load_file(many).items():
-        np.testing.assert_allclose(value, expected[name], atol=1e-3)
+    assert not pathlib.Path(f"{unwritten}.peft").exists()
+    for name in ("", ".peft/adapter_model.safetensors"):
+        expected, got = (load_file(f"{path}{name}") for path in (one, many))
+        assert got.keys() == expected.keys()
+        for key, value in got.items():
+            np.testing.assert_allclose(value, expected[key], atol=1e-3)
 
 
 def _accuracy(printed):

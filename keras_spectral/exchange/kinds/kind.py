@@ -4,8 +4,8 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
-from keras import ops
 
+from keras_spectral._backend import to_numpy
 from keras_spectral.exchange.fields import KNOWN
 from keras_spectral.exchange.modules import Written
 from keras_spectral.exchange.modules import is_turned
@@ -193,7 +193,7 @@ class Kind:
             part = self.part(parts, path, _AS_LORA)
             layer = layers[path] = by_key[part.place.key]
             for tensor in self.tensors(part, layer.options()):
-                value = array(getattr(layer, tensor.weight))
+                value = to_numpy(getattr(layer, tensor.weight))
                 tensors[f"{path}.{tensor.name}"] = tensor.write(value)
             constants = self.constants(part, layer.options())
             tensors |= {f"{path}.{name}": x for name, x in constants.items()}
@@ -237,8 +237,3 @@ def sides_of(part: Part) -> tuple[int, ...]:
     """The sides of a convolution's kernel, none of a linear layer's."""
     layer = part.view.layer
     return tuple(layer.kernel_size) if part.slot.layout == "conv" else ()
-
-
-def array(tensor: Any) -> np.ndarray:
-    """A weight's value."""
-    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))

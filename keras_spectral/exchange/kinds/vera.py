@@ -1,9 +1,9 @@
 """PEFT's VeRA."""
 
+from keras_spectral._backend import to_numpy
 from keras_spectral.exchange.folder import CONFIG
 from keras_spectral.exchange.kinds.kind import Kind
 from keras_spectral.exchange.kinds.kind import Tensor
-from keras_spectral.exchange.kinds.kind import array
 from keras_spectral.exchange.kinds.kind import one_for_all
 from keras_spectral.layers import VeRADense
 
@@ -79,6 +79,6 @@ class Vera(Kind):
         n_in = max(layer.view.n_in for layer in layers.values())
         n_out = max(layer.view.n_out for layer in layers.values())
         return {
-            _A: array(pair.vera_a)[:n_in].T.copy(),
-            _B: array(pair.vera_b)[:, :n_out].T.copy(),
+            _A: to_numpy(pair.vera_a)[:n_in].T.copy(),
+            _B: to_numpy(pair.vera_b)[:, :n_out].T.copy(),
         }
