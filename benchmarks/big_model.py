@@ -5,7 +5,8 @@ Usage: KERAS_BACKEND=torch python benchmarks/big_model.py [--layers 22]
 A Llama in the shape of TinyLlama (22 blocks of width 2048, 1.1 billion
 weights) in bfloat16, with random numbers. Every step runs once: seconds of
 wall and of CPU, how far the process grew at its largest, and what of it was
-left afterwards. `--steps` chooses some; each brings the ones that it needs.
+left afterwards. On PyTorch with a GPU the memory is the card's.
+`--steps` chooses some; each brings the ones that it needs.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 
 import keras
 import keras_hub
+from _device import card
 from rich.console import Console
 from rich.table import Table
 
@@ -27,10 +29,15 @@ import keras_spectral as ks
 
 STEPS = ("lora", "save", "merged", "merge", "spectral", "compress")
 PAGE = os.sysconf("SC_PAGE_SIZE")
+CUDA = None
+if keras.backend.backend() == "torch" and card():
+    from torch import cuda as CUDA
 
 
 def resident() -> float:
-    """MB of the process that lie in memory."""
+    """MB of the process that lie in memory, of the card if there is one."""
+    if CUDA:
+        return CUDA.memory_allocated() / 2**20
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * PAGE / 2**20
 
@@ -40,6 +47,9 @@ class Meter:
 
     def __enter__(self):
         gc.collect()
+        if CUDA:
+            CUDA.synchronize()
+            CUDA.reset_peak_memory_stats()
         self.before = self.peak = resident()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.watch)
@@ -52,6 +62,9 @@ class Meter:
             self.peak = max(self.peak, resident())
 
     def __exit__(self, *error):
+        if CUDA:
+            CUDA.synchronize()
+            self.peak = CUDA.max_memory_allocated() / 2**20
         self.wall = time.perf_counter() - self.start[0]
         self.cpu = time.process_time() - self.start[1]
         self.stopped.set()
@@ -136,7 +149,8 @@ def main() -> None:
     keras.utils.set_random_seed(0)
     table = Table("step", "seconds", "of CPU", "MB more", "MB kept")
     for row in measure(args.steps, args.layers, show):
-        known = {"layers": args.layers, "backend": keras.backend.backend()}
+        known = {"benchmark": "big_model", "layers": args.layers}
+        known |= {"backend": keras.backend.backend(), "card": card()}
         print(json.dumps({**known, **row}), flush=True)
         table.add_row(*(str(value) for value in row.values()))
     show.print(table)

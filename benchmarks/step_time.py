@@ -4,10 +4,13 @@ Usage: KERAS_BACKEND=jax python benchmarks/step_time.py --case all
 Prints a table on stderr and one JSON line per backend and case on stdout.
 All variants of a case are timed in one process in turn (A B C D A B C D ...),
 so that a busy machine slows all of them alike; ratios are medians of the
-ratios within a round. Peak memory comes from a process per variant.
+ratios within a round. Peak memory comes from a process per variant: that of
+the card where the backend has one, else the resident set.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import os
 import statistics
@@ -58,7 +61,27 @@ METHODS: dict[str, dict] = {
     "conditional_spectral": {},
 }
 CASES = ("minilm", "dense")
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+EVENTS: list = []
+
+
+def cuda_clock() -> float:
+    """Seconds by events on the card, when all work until now is done."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    event.synchronize()
+    EVENTS.append(event)
+    return EVENTS[0].elapsed_time(event) / 1e3
+
+
+# `fit` ends with the loss and `predict` with the outputs on the host, so that
+# the wall's time is that of a card as well.
+CLOCKS = {
+    "wall": time.perf_counter,
+    "cpu": time.process_time,
+    "cuda": cuda_clock,
+}
 # Adapters of whole blocks, and their options: for MiniLM only.
 BLOCKS: dict[str, dict] = {
     "bottleneck": {},
@@ -70,9 +93,26 @@ STEPS = 12
 TOKENS = 128
 
 
-def minilm_case() -> tuple[Any, list, Any, Any]:
-    """MiniLM-L6 with its query and value layers, and random token ids."""
+@functools.cache
+def random_rows(case: str, batch: int, steps: int) -> tuple[Any, Any]:
+    """Inputs and targets of one epoch, for all variants of a process."""
     import numpy as np
+
+    rng = np.random.default_rng(0)
+    rows = batch * steps
+    if case == "dense":
+        inputs, targets = rng.standard_normal((2, rows, 1024), "float32")
+        return inputs, targets
+    inputs = {
+        "token_ids": rng.integers(1000, 20000, (rows, TOKENS)).astype("int32"),
+        "segment_ids": np.zeros((rows, TOKENS), "int32"),
+        "padding_mask": np.ones((rows, TOKENS), "int32"),
+    }
+    return inputs, rng.integers(0, 2, rows).astype("int32")
+
+
+def minilm_case() -> tuple[Any, list]:
+    """MiniLM-L6, and its query and value layers."""
     from _minilm import build_classifier
 
     model = build_classifier()
@@ -80,30 +120,18 @@ def minilm_case() -> tuple[Any, list, Any, Any]:
     for block in model.backbone.transformer_layers:
         attention = block._self_attention_layer
         layers += [attention.query_dense, attention.value_dense]
-    rng = np.random.default_rng(0)
-    shape = (BATCH["minilm"] * STEPS, TOKENS)
-    inputs = {
-        "token_ids": rng.integers(1000, 20000, shape).astype("int32"),
-        "segment_ids": np.zeros(shape, "int32"),
-        "padding_mask": np.ones(shape, "int32"),
-    }
-    return model, layers, inputs, rng.integers(0, 2, shape[0]).astype("int32")
+    return model, layers
 
 
-def dense_case() -> tuple[Any, list, Any, Any]:
-    """Dense 1024 -> 4096 -> 1024 twice, and random rows."""
+def dense_case() -> tuple[Any, list]:
+    """Dense 1024 -> 4096 -> 1024 twice, and its layers."""
     import keras
-    import numpy as np
 
     layers = [
         keras.layers.Dense(units, activation="relu", name=f"dense_{i}")
         for i, units in enumerate([4096, 1024, 4096, 1024])
     ]
-    model = keras.Sequential([keras.Input((1024,)), *layers])
-    rng = np.random.default_rng(0)
-    shape = (BATCH["dense"] * STEPS, 1024)
-    inputs = rng.normal(size=shape).astype("float32")
-    return model, layers, inputs, rng.normal(size=shape).astype("float32")
+    return keras.Sequential([keras.Input((1024,)), *layers]), layers
 
 
 def train_only(model: Any, variables: list) -> None:
@@ -113,7 +141,9 @@ def train_only(model: Any, variables: list) -> None:
         variable.trainable = id(variable) in chosen
 
 
-def build(case: str, variant: str) -> tuple[Any, Any, Any]:
+def build(
+    case: str, variant: str, batch: int, steps: int
+) -> tuple[Any, Any, Any]:
     """A compiled model, ready to fit, with its inputs and targets.
 
     What trains: `frozen`, the bias of the first wrapped layer, so that the
@@ -130,9 +160,8 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
 
     import keras_spectral as ks
 
-    model, layers, inputs, targets = (
-        minilm_case() if case == "minilm" else dense_case()
-    )
+    model, layers = minilm_case() if case == "minilm" else dense_case()
+    inputs, targets = random_rows(case, batch, steps)
     loss = (
         keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if case == "minilm"
@@ -157,7 +186,7 @@ def build(case: str, variant: str) -> tuple[Any, Any, Any]:
         if options.get("gradients"):
             model.compile("sgd", loss)
             options["gradients"] = ks.kernel_gradients(
-                model, (inputs, targets), target, batch_size=BATCH[case]
+                model, (inputs, targets), target, batch_size=batch
             )
         ks.wrap_model(model, method, target=target, trainable=[], **options)
     model.compile(make_optimizer(variant), loss)
@@ -218,55 +247,57 @@ def rebuilt_model(model: Any) -> Any:
     return keras.Sequential([inputs, *map(RebuiltGates, layers)])
 
 
-def fit(case: str, model: Any, inputs: Any, targets: Any) -> None:
+def fit(batch: int, model: Any, inputs: Any, targets: Any) -> None:
     """One epoch, past KerasHub's `tf.data`, which may wait forever."""
     import keras
 
-    options = {"batch_size": BATCH[case], "shuffle": False, "verbose": 0}
+    options = {"batch_size": batch, "shuffle": False, "verbose": 0}
     keras.Model.fit(model, inputs, targets, **options)
 
 
-def predict(case: str, model: Any, inputs: Any, targets: Any) -> None:
+def predict(batch: int, model: Any, inputs: Any, targets: Any) -> None:
     """The same batches without training."""
     import keras
 
-    keras.Model.predict(model, inputs, batch_size=BATCH[case], verbose=0)
+    keras.Model.predict(model, inputs, batch_size=batch, verbose=0)
 
 
-def time_variants(
-    case: str,
-    variants: list[str],
-    repeats: int,
-    run_epoch: Any = fit,
-    clock: Any = time.perf_counter,
-) -> dict:
+def time_variants(args: argparse.Namespace) -> dict:
     """Times every variant in every round; the work of the timing process."""
+    from _device import card
     from _minilm import count
 
-    built = {variant: build(case, variant) for variant in variants}
-    for variant in variants:
-        run_epoch(case, *built[variant])
-    milliseconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for variant in variants:
+    sizes = args.batch, args.steps
+    run_epoch = predict if args.predict else fit
+    clock = CLOCKS[args.clock]
+    built = {name: build(args.case, name, *sizes) for name in args.variants}
+    for parts in built.values():
+        run_epoch(args.batch, *parts)
+    milliseconds: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(args.repeats):
+        for name, parts in built.items():
             start = clock()
-            run_epoch(case, *built[variant])
+            run_epoch(args.batch, *parts)
             seconds = clock() - start
-            milliseconds[variant].append(seconds / STEPS * 1e3)
+            milliseconds[name].append(seconds / args.steps * 1e3)
     trainable = {
         name: count(model.trainable_variables)
         for name, (model, _, _) in built.items()
     }
-    return {"milliseconds": milliseconds, "trainable": trainable}
+    return {
+        "milliseconds": milliseconds,
+        "trainable": trainable,
+        "card": card(),
+    }
 
 
-def peak_memory(case: str, variant: str) -> dict:
+def peak_memory(args: argparse.Namespace) -> dict:
     """Trains one variant alone; the work of a memory process."""
-    import resource
+    from _device import peak_mb
 
-    fit(case, *build(case, variant))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_mb": peak // 1024}
+    (variant,) = args.variants
+    fit(args.batch, *build(args.case, variant, args.batch, args.steps))
+    return {"peak_mb": peak_mb()}
 
 
 def run(command: list[str], backend: str | None = None) -> dict:
@@ -288,21 +319,27 @@ def run(command: list[str], backend: str | None = None) -> dict:
 def run_peer(args: argparse.Namespace) -> dict:
     """HF PEFT on the same model and batch, in its own environment."""
     sizes = {
-        "--batch": BATCH["minilm"],
+        "--batch": args.batch,
         "--length": TOKENS,
-        "--steps": STEPS,
+        "--steps": args.steps,
         "--repeats": args.repeats,
     }
+    if args.dtype != "float32":
+        sizes["--dtype"] = args.dtype
     options = [str(part) for pair in sizes.items() for part in pair]
     command = [args.peer_python, args.peer_script, args.peer_method]
     return run([*command, *options])
 
 
-def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
-    """All figures of one case on one backend."""
+def measure(
+    case: str, backend: str, args: argparse.Namespace
+) -> tuple[dict, str | None]:
+    """All figures of one case on one backend, and the card's name."""
     worker = [sys.executable, os.path.abspath(__file__), "--case", case]
+    worker += ["--batch", str(args.batch), "--steps", str(args.steps)]
+    worker += ["--dtype", args.dtype]
     peers = []
-    with_peer = case == "minilm" and args.peer_script
+    with_peer = case == "minilm" and args.peer_script and not args.predict
     if with_peer:
         peers.append(run_peer(args))
     timed = run(
@@ -313,19 +350,23 @@ def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
     )
     if with_peer:
         peers.append(run_peer(args))
+
+    def memory(name):
+        return run([*worker, "--variants", name, "--worker", "memory"], backend)
+
+    peaks = {}
+    if not args.predict and not args.time_only:
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            peaks = dict(zip(args.variants, pool.map(memory, args.variants)))
     rows = {}
     for name in args.variants:
-        memory = {}
-        if not args.predict and not args.time_only:
-            alone = ["--variants", name, "--worker", "memory"]
-            memory = run([*worker, *alone], backend)
         times = timed["milliseconds"][name]
         rows[name] = {
             "ms": statistics.median(times),
             "ms_min": min(times),
-            "rounds": [round(t, 1) for t in times],
+            "rounds": [round(t, 2) for t in times],
             "trainable": timed["trainable"][name],
-            **memory,
+            **peaks.get(name, {}),
         }
     if peers:
         rows["hf_peft"] = {
@@ -336,7 +377,7 @@ def measure(case: str, backend: str, args: argparse.Namespace) -> dict:
         }
     for reference in ("frozen", "lora", "enable_lora", "hf_peft"):
         add_ratios(rows, timed["milliseconds"], reference)
-    return rows
+    return rows, timed["card"]
 
 
 def add_ratios(
@@ -383,7 +424,9 @@ def form(key: str, value: float) -> str:
     """Writes a figure for the table."""
     if key.startswith("to_"):
         return f"{value:.2f}"
-    return f"{value:,.1f}" if key.startswith("ms") else f"{value:,}"
+    if key.startswith("ms"):
+        return f"{value:,.1f}" if value >= 100 else f"{value:.2f}"
+    return f"{value:,}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -399,9 +442,18 @@ def parse_args() -> argparse.Namespace:
         help="methods: LoRA and every other method on a kernel",
     )
     add("--repeats", type=int, default=7)
+    add("--batch", type=int, help="rows of a step; default: 16, dense 256")
+    add("--steps", type=int, default=STEPS, help="steps of an epoch")
+    add("--dtype", default="float32", help="dtype policy: mixed_bfloat16")
     add("--predict", action="store_true", help="time inference, not training")
     add("--time-only", action="store_true", help="do not measure memory")
-    add("--clock", choices=CLOCKS, default="wall", help="wall or CPU time")
+    add("--jobs", type=int, default=1, help="memory processes at a time")
+    add(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall, CPU time, or events on the card (torch)",
+    )
     add("--peer-python", default=sys.executable)
     add("--peer-script", help="script that times HF PEFT; none: no peer")
     add("--peer-method", default="lora", help="lora, dora or full")
@@ -411,43 +463,40 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.worker == "time":
-        run_epoch = predict if args.predict else fit
-        timed = time_variants(
-            args.case,
-            args.variants,
-            args.repeats,
-            run_epoch,
-            CLOCKS[args.clock],
-        )
-        print(json.dumps(timed))
-        return
-    if args.worker == "memory":
-        print(json.dumps(peak_memory(args.case, args.variants[0])))
+    if args.worker:
+        import keras
+
+        keras.config.set_dtype_policy(args.dtype)
+        work = time_variants if args.worker == "time" else peak_memory
+        print(json.dumps(work(args)))
         return
     cases = CASES if args.case == "all" else [args.case]
     asked = args.variants
     if "methods" in asked:
         mine = ("frozen", "lora", "adalora", "spectral", "gated_spectral")
         asked = [*mine, *METHODS]
+    batch = args.batch
     backends = args.backends or os.environ.get("KERAS_BACKEND", "tensorflow")
     for backend in backends.split(","):
         for case in cases:
             # The prototype is for a stack of Dense only, which has no blocks.
             left_out = BLOCKS if case == "dense" else ("gated_rebuilt",)
             args.variants = [v for v in asked if v not in left_out]
-            rows = measure(case, backend, args)
+            args.batch = batch or BATCH[case]
+            rows, card = measure(case, backend, args)
             result = {
                 "benchmark": "step_time",
                 "backend": backend,
                 "case": case,
-                "batch": BATCH[case],
-                "steps": STEPS,
+                "batch": args.batch,
+                "steps": args.steps,
+                "dtype": args.dtype,
                 "repeats": args.repeats,
                 "rank": RANK,
                 "predict": args.predict,
                 "clock": args.clock,
                 "cpus": os.cpu_count(),
+                "card": card,
                 "variants": {
                     name: {
                         k: v if k == "rounds" else round(v, 3)

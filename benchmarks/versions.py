@@ -49,15 +49,13 @@ def work(case: str, variant: str) -> None:
     import time
 
     sys.path.insert(0, str(HERE))
-    import keras
     import step_time
 
-    model, inputs, targets = step_time.build(case, variant)
-    size = STEPS * step_time.BATCH[case]
-    inputs = keras.tree.map_structure(lambda x: x[:size], inputs)
+    batch = step_time.BATCH[case]
+    parts = step_time.build(case, variant, batch, STEPS)
     while True:
         start = time.process_time()
-        step_time.fit(case, model, inputs, targets[:size])
+        step_time.fit(batch, *parts)
         taken = 1000 * (time.process_time() - start) / STEPS
         print("time", taken, flush=True)
         if not sys.stdin.readline():

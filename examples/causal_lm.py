@@ -12,7 +12,6 @@ not trained on. Choose the backend by KERAS_BACKEND.
 
 import argparse
 import pathlib
-import warnings
 
 import keras
 import keras_hub
@@ -20,92 +19,67 @@ import numpy as np
 
 import keras_spectral as ks
 
-HERE = pathlib.Path(__file__).parent
+DATA = pathlib.Path(__file__).parent / "instructions.tsv"
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--gguf", help="the file of SmolLM2-135M-Instruct")
-parser.add_argument("--data", default=HERE / "instructions.tsv")
 parser.add_argument("--epochs", type=int, default=4)
-parser.add_argument("--rank", type=int, default=8)
-parser.add_argument("--rate", type=float, default=2e-3)
-parser.add_argument("--out", default="instructions.safetensors")
 args = parser.parse_args()
-
-warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
 keras.utils.set_random_seed(0)
 
 if args.gguf:
     from keras_spectral.course.smollm import smollm  # in the clone
 
     backbone, tokenizer = smollm(file=args.gguf)
-    end, length = 2, 48
     chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    decode = tokenizer.decode
-
-    def encode(text):
-        return tokenizer.encode(text).ids
+    end, length = 2, 48
 else:
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=256,
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=64,
-        intermediate_dim=128,
-    )
-    end, length, chat = 10, 64, "{} "
-
-    def encode(text):
-        return list(text.encode())
-
-    def decode(tokens):
-        return bytes(tokens).decode(errors="replace")
-
-
+    sizes = {"num_layers": 2, "hidden_dim": 64, "intermediate_dim": 128}
+    heads = {"num_query_heads": 4, "num_key_value_heads": 2}
+    backbone = keras_hub.models.Llama3Backbone(256, **sizes, **heads)
+    chat, end, length = "{} ", 10, 64
 model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
 
 
-def tokens(question, answer=None):
-    """A row of tokens, and which of them are the answer (1) or not (0)."""
-    asked = encode(chat.format(question))
-    said = [*encode(answer), end] if answer else []
-    row, part = np.zeros((2, length + 1), "int32")
-    row[: len(asked + said)] = asked + said
-    part[len(asked) : len(asked + said)] = 1
-    return row, part, len(asked)
+def encode(text):
+    return tokenizer.encode(text).ids if args.gguf else list(text.encode())
+
+
+def padded(values):
+    return np.pad(np.int32(values), (0, length + 1 - len(values)))
 
 
 def answer(question):
-    row, _, start = tokens(question)
-    mask = np.arange(length) < start
-    given = {"token_ids": row[None, :-1], "padding_mask": mask[None]}
+    asked = encode(chat.format(question))
+    given = {"token_ids": asked, "padding_mask": [1] * len(asked)}
+    given = {name: padded(row)[None, :-1] for name, row in given.items()}
     made = model.generate(given, stop_token_ids=[end])["token_ids"][0]
-    made = [int(token) for token in made[start:]]
-    return decode(made[: made.index(end)] if end in made else made)
+    made = [*map(int, made[len(asked) :]), end]
+    made = made[: made.index(end)]
+    if args.gguf:
+        return tokenizer.decode(made)
+    return bytes(made).decode(errors="replace")
 
 
-lines = pathlib.Path(args.data).read_text("utf8").splitlines()
-pairs = [line.split("\t") for line in lines]
-rows, parts, _ = zip(*(tokens(*pair) for pair in pairs[:-6]))
+pairs = [line.split("\t") for line in DATA.read_text("utf8").splitlines()]
+rows, parts = [], []  # tokens; which of them are an answer's
+for question, reply in pairs[:-6]:
+    asked, said = encode(chat.format(question)), [*encode(reply), end]
+    rows.append(padded(asked + said))
+    parts.append(padded([0] * len(asked) + [1] * len(said)))
 rows, parts = np.stack(rows), np.stack(parts)  # (examples, length + 1)
 
-# The loss looks at the tokens of the answers alone.
-ks.wrap_model(model, "lora", target="all-linear", rank=args.rank)
+ks.wrap_model(model, "lora", target="all-linear", rank=8)
 ks.adapter_summary(model)
 model.compile(
-    optimizer=keras.optimizers.Adam(args.rate),
+    optimizer=keras.optimizers.Adam(2e-3),
     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     sampler="greedy",
 )
 inputs = {"token_ids": rows[:, :-1], "padding_mask": np.ones_like(rows[:, 1:])}
-model.fit(
-    inputs,
-    rows[:, 1:],
-    sample_weight=parts[:, 1:].astype("float32"),
-    batch_size=6,
-    epochs=args.epochs,
-    verbose=2,
-)
+options = {"batch_size": 6, "shuffle": False, "verbose": 2}
+options["sample_weight"] = parts[:, 1:]  # the loss looks at answers alone
+model.fit(inputs, rows[:, 1:], epochs=args.epochs, **options)
 for question, expected in (*pairs[:2], *pairs[-2:]):
     print(f"{question}  {answer(question)!r} (expected: {expected!r})")
-ks.save_adapters(model, args.out)
+ks.save_adapters(model, "instructions.safetensors")

@@ -45,17 +45,22 @@ def test_text_classifier(run):
     assert ks.adapter_names(fresh) == ["default"]
     rows = "It was\tgood\t1\nNo\t0\n"  # a tab in a sentence, too
     pathlib.Path("mine.tsv").write_text(rows)
-    texts, labels = names["read"]("mine.tsv")
-    assert dict(zip(texts, labels)) == {"It was\tgood": 1, "No": 0}
+    sizes = ("--train", 1, "--test", 1, "--length", 16, "--epochs", 1)
+    names, out = run("text_classifier.py", "--data", "mine.tsv", *sizes)
+    found = dict(zip(names["texts"], names["labels"]))
+    assert found == {"It was\tgood": 1, "No": 0}
+    assert "accuracy on 1 other sentences" in out
 
 
 def test_causal_lm(run):
     pytest.importorskip("keras_hub")
     names, out = run("causal_lm.py", "--epochs", 1)
     assert "(expected: 'Saturday')" in out
-    row, part, start = names["tokens"]("a?", "b")
-    assert list(row[:6]) == [*b"a? b\n", 0] and start == 3
-    assert list(part[:6]) == [0, 0, 0, 1, 1, 0]
+    row, part = names["rows"][0], names["parts"][0]
+    asked, said = b"What is the opposite of hot? ", b"cold\n"
+    end = len(asked + said)
+    assert list(row[: end + 1]) == [*asked, *said, 0]
+    assert list(part[: end + 1]) == [0] * len(asked) + [1] * len(said) + [0]
     assert pathlib.Path("instructions.safetensors").exists()
 
 
@@ -78,9 +83,15 @@ def test_image_classifier_on_a_folder(run):
         for i in range(5):
             image = rng.integers(0, 256, (32, 32, 3))
             keras.utils.save_img(f"photos/{kind}/{i}.png", image)
-    sizes = ("--size", 32, "--epochs", 1, "--weights", "none")
-    _, out = run("image_classifier.py", "--folder", "photos", *sizes)
+    options = {"include_top": False, "weights": None}
+    body = keras.applications.MobileNetV2((32, 32, 3), **options)
+    body.save_weights("body.weights.h5")
+    sizes = ("--size", 32, "--epochs", 1, "--weights", "body.weights.h5")
+    names, out = run("image_classifier.py", "--folder", "photos", *sizes)
     assert "adapted: " in out
+    found = names["body"].get_layer("bn_Conv1").get_weights()
+    expected = body.get_layer("bn_Conv1").get_weights()
+    assert all(map(np.array_equal, found, expected))
 
 
 @pytest.mark.compiled
@@ -98,9 +109,9 @@ def test_serve(run):
     digits = names["sklearn"].datasets.load_digits()
     model = names["build"](epochs=3)
     asked, expected = [], []
-    for name in (*names["CHANGES"], None):
-        change = names["CHANGES"].get(name, np.array)
-        images = change(digits.images[:100] / 16).reshape(-1, 64)
+    for name, turns in names["TURNS"].items():
+        images = np.rot90(digits.images[:100] / 16, turns, (1, 2))
+        images = images.reshape(-1, 64)
         ks.set_adapters(model, [name] if name else [], train=[])
         answers = model.predict(images, verbose=0).argmax(-1)
         assert np.mean(answers == digits.target[:100]) > 0.6
