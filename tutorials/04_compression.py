@@ -418,8 +418,8 @@ if not course.FAST:
 # 1. Cut one kernel by hand: take `kernel`, keep 100 ranks by the kernel's own
 #    singular vectors, then by those of its outputs. Compare both errors on the
 #    outputs.
-# 2. The same share from every layer is the simplest rule. Compress with the
-#    default, `method="alds"`, at the same ratio of 0.5 with the calibration.
+# 2. The same share from every layer is the simplest rule. Compress with
+#    `method="alds"` at the same ratio of 0.5 with the calibration.
 #    Which layers keep more, and does the model answer more like before?
 
 # %% [markdown]
@@ -450,7 +450,7 @@ assert errors["outputs"] < errors["kernel"]
 # rule keeps more answers; measure before you choose.
 
 # %% tags=["solution"]
-spread = ks.compress_model(model, 0.5, **options)
+spread = ks.compress_model(model, 0.5, method="alds", **options)
 layers = ks.compression_report(spread, quiet).layers
 kept = {each.path: each.weights[1] / each.weights[0] for each in layers}
 for each in sorted(kept, key=kept.get)[:: max(1, len(kept) // 5)]:

@@ -45,7 +45,7 @@ def compress_model(
     *,
     budget: float | None = None,
     max_error: float | None = None,
-    method: str = "alds",
+    method: str | None = None,
     measure: str = "weights",
     max_slices: int | None = None,
     target: Target | None = None,
@@ -81,6 +81,10 @@ def compress_model(
       of the outputs, is measured on the first batch of `calibration` with
       each layer alone truncated, three runs for each layer.
 
+    By default it is `"alds"`. With `calibration` and without a `max_error` it
+    is `"uniform"` instead where most weights are in layers that cannot be cut:
+    there ALDS is `"global"`, which kept less of MiniLM's answers.
+
     With `calibration`, a few hundred typical inputs, what is smallest at a
     rank is no longer the change of the kernel, `||K - A B||`, but that of the
     layer's outputs, `||X K - X A B||` on its inputs X. With `C = X^T X /
@@ -105,7 +109,7 @@ def compress_model(
             is the `bound` of the report, for the ranks without what
             `recover="lora"` spares; the report's `error` is another number,
             by the Frobenius norm.
-        method: How ranks are chosen.
+        method: How ranks are chosen. None: see above.
         measure: What is saved: `"weights"`; `"flops"`, the operations of
             kernels; or `"latency"`, the time that layers take in inference on
             this machine and backend. Each shape is timed once, whole and as a
@@ -176,7 +180,7 @@ def compress_model(
     ... )
     """
     start = time.monotonic()
-    check_choice(method, "method", tuple(ranks.RULES))
+    check_choice(method, "method", (None, *ranks.RULES))
     check_choice(measure, "measure", tuple(UNITS))
     check_choice(recover, "recover", (None, "train", "lora"))
     check_rank(recover_rank, "recover_rank")
@@ -199,6 +203,9 @@ def compress_model(
     small = copy_model(model)
     copies = dict(zip(map(id, ordered_layers(model)), ordered_layers(small)))
     views = [kernel_view(copies[id(place.layer)]) for place in chosen]
+    if method is None:
+        even = calibration is not None and max_error is None
+        method = "uniform" if even and not _can_be_cut(views) else "alds"
     data = calibration
     if calibration is not None and not isinstance(calibration, Calibration):
         data = batches(calibration, batch_size)
@@ -255,6 +262,14 @@ def compress_model(
     )
     keep_report(small, report)
     return small
+
+
+def _can_be_cut(views):
+    """Whether most of the weights are in layers of several `slicings`."""
+    weights = {True: 0, False: 0}
+    for view in views:
+        weights[len(view.slicings()) > 1] += view.num_weights
+    return weights[True] > weights[False]
 
 
 def _slicings(view, method, measure, most, timer):

@@ -376,6 +376,47 @@ def test_export_to_onnx(tmp_path):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("can_be_cut", "calibrated", "goal", "expected"),
+    [
+        (True, False, "ratio", "alds"),
+        (True, True, "ratio", "alds"),
+        (False, False, "ratio", "alds"),
+        (False, True, "ratio", "uniform"),
+        (False, True, "max_error", "alds"),
+    ],
+)
+def test_the_rule_by_default(can_be_cut, calibrated, goal, expected):
+    model = _image_model() if can_be_cut else _uneven_model()
+    options = {goal: 0.4}
+    if calibrated:
+        rng = np.random.default_rng(0)
+        options["calibration"] = (
+            _images(256) if can_be_cut else rng.normal(size=(64, 16))
+        )
+
+    def choices(**more):
+        small = ks.compress_model(model, **options, **more)
+        rows = ks.compression_report(small, QUIET).layers
+        return [(row.rank, row.slices) for row in rows]
+
+    found = {name: choices(method=name) for name in ("alds", "uniform")}
+    assert found["alds"] != found["uniform"]
+    assert choices() == found[expected]
+
+
+def _uneven_model():
+    """One kernel has equal singular values, the other a few large ones."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((16,)), keras.layers.Dense(16), keras.layers.Dense(16)]
+    )
+    model.layers[0].kernel.assign(np.eye(16))
+    model.layers[1].kernel.assign(np.diag(2.0 ** -np.arange(16)))
+    return model
+
+
 def test_recovery_by_training_the_factors():
     model = _image_model()
     small = ks.compress_model(
