@@ -8,7 +8,8 @@ DIR holds mrpc.train.tsv, mrpc.test.tsv and the files of sst2. A run is a line
 of --out: what is there is not run again.
 
 minilm: cosine of sentence vectors with the whole model's, all 36 kernels.
-tuned: MiniLM fine-tuned on SST-2, test accuracy after compression alone.
+tuned: MiniLM fine-tuned on SST-2, test accuracy after compression alone, and
+the share of the logits' variance that is lost.
 smollm: perplexity of SmolLM2-135M on packed sentences, all 210 kernels, then
 --steps of distillation into LoRAs on the factors.
 """
@@ -34,8 +35,12 @@ QUIET = Console(quiet=True)
 SEQUENTIAL = {"sequential": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "plain, alds": {"method": "alds"},
+    "plain, energy": {"method": "energy"},
     "outputs": {"compensate_bias": False},
     "outputs, bias": {},
+    "outputs, bias, alds": {"method": "alds"},
+    "outputs, bias, energy": {"method": "energy"},
     "sequential": SEQUENTIAL | {"compensate_bias": False},
     "sequential, bias": SEQUENTIAL,
     "sequential, bias, energy": SEQUENTIAL | {"method": "energy"},
@@ -140,9 +145,13 @@ class Tuned:
         inputs, labels = self.tests
         logits = keras.Model.predict(model, inputs, verbose=0)
         right = (logits.argmax(axis=-1) == labels).mean()
+        whole = keras.Model.predict(self.model, inputs, verbose=0)
+        lost = ((logits - whole) ** 2).sum()
+        spread = ((whole - whole.mean(axis=0)) ** 2).sum()
         batch = {k: x[:32] for k, x in inputs.items()}
         return {
             "accuracy": float(right),
+            "lost": float(lost / spread),  # of the logits' variance
             "cpu_ms": forward_time(lambda: model.predict_on_batch(batch)),
         }
 
@@ -228,10 +237,11 @@ def run(args, show) -> None:
             model, options = case.model, None
             if ratio:
                 options = {"method": "uniform", **VARIANTS[variant]}
-                if variant != "plain":
+                plain = variant.startswith("plain")
+                if not plain:
                     options["calibration"] = case.calibration
                     options["batch_size"] = args.at_once
-                if "sequential" not in options and variant != "plain":
+                if "sequential" not in options and not plain:
                     found = found or ks.calibrate(
                         case.model, case.calibration, "all-linear"
                     )
