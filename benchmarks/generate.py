@@ -111,10 +111,10 @@ def traces_of_switches(model: keras.Model, write: Callable, rank: int) -> int:
     ks.set_adapters(model, "default", train=[])
     step, count = model.generate_step, 0
 
-    def counted(*args):
+    def counted(inputs, stop_token_ids=None):
         nonlocal count
         count += 1
-        return step(*args)
+        return step(inputs, stop_token_ids)
 
     model.generate_step = counted
     model.generate_function = None
