@@ -33,7 +33,9 @@ def without_ending(layer: keras.layers.Layer) -> keras.layers.Layer:
     """A twin without activation: the layer up to its pre-activation."""
     # PyTorch keeps an activation that is a layer outside of `vars`, and looks
     # there only for what `vars` lacks.
-    return twin(layer, **{x: None for x in _ENDINGS if hasattr(layer, x)})
+    endings = {x: None for x in _ENDINGS if hasattr(layer, x)}
+    # What a `RematScope` asks for is for who holds the twin.
+    return twin(layer, **endings, _remat_mode=None)
 
 
 def rerouted(

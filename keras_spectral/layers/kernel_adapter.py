@@ -127,13 +127,13 @@ class KernelAdapter(AdapterLayer, KernelHost):
     @property
     def is_low_rank(self) -> bool:
         """Whether `factors` is there, and worth keeping as it is."""
-        return hasattr(self, "factors")
+        return hasattr(type(self), "factors")
 
     @property
     def is_plain_pair(self) -> bool:
         """Whether the change of the kernel is `scale * A B` and no more."""
         own = type(self).delta_matrix is not KernelAdapter.delta_matrix
-        return hasattr(self, "factors") and not (own or self.forms_kernel)
+        return hasattr(type(self), "factors") and not (own or self.forms_kernel)
 
     def give_triplets(self, triplets: Triplets):
         """Factors made elsewhere, together with others or from a cache."""
@@ -193,7 +193,7 @@ class KernelAdapter(AdapterLayer, KernelHost):
             kernel = self.amount_of(self.kernel_change_of_step(training))
             change = self.view.linear(inputs, kernel)
             change = self.shifted(change, training)
-        elif hasattr(self, "factors"):
+        elif hasattr(type(self), "factors"):
             return self._thin_added(total, inputs, training, **kwargs)
         else:
             change = self.weighed(
@@ -211,7 +211,7 @@ class KernelAdapter(AdapterLayer, KernelHost):
 
     def can_join(self, training) -> bool:
         """Whether its thin pair can run as one with those of others."""
-        if self.forms_kernel or not hasattr(self, "factors"):
+        if self.forms_kernel or not hasattr(type(self), "factors"):
             return False
         dropped = self.dropout and is_training(training)
         return self.batch_rows is None and not dropped

@@ -1,5 +1,6 @@
 """The host of one linear layer: runs it with its members' changes."""
 
+import keras
 from keras import ops
 
 from keras_spectral._internal.checks import is_small
@@ -17,6 +18,14 @@ class KernelHost(Host):
     (K'_n - K)`. Changes enter before the base's activation; their order does
     not matter.
     """
+
+    def __init__(self, layer: keras.layers.Layer, **kwargs):
+        super().__init__(layer, **kwargs)
+        # What a `RematScope` asked of the base holds for the whole: the base
+        # alone, without its activation, has little to compute again.
+        mode = layer._remat_mode
+        if mode is not None and mode.mode != "activations":
+            self._remat_mode = mode
 
     def call(self, inputs, training=None, mask=None, **kwargs):
         members = [m for m in self.members() if not m.left_out(training)]
@@ -66,7 +75,12 @@ class KernelHost(Host):
         if reverse and cap is not None:
             outputs = ops.tanh(outputs / cap) * cap
         activation = getattr(self.layer, "activation", None)
-        return outputs if activation is None else activation(outputs)
+        if activation is None:
+            return outputs
+        mode = self.layer._remat_mode
+        if mode is not None and mode.mode == "activations":
+            activation = keras.remat(activation)
+        return activation(outputs)
 
     def merged_matrix(self, members=None):
         """Kernel plus changes as a float32 matrix (n_in x n_out).

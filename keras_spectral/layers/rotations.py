@@ -1,6 +1,7 @@
 """Rotations from trained numbers, as OFT and BOFT use them."""
 
-import numpy as np
+import math
+
 from keras import ops
 
 
@@ -10,15 +11,18 @@ def skew(numbers):
     Args:
         numbers: Tensor (.., b (b - 1) / 2).
     """
+    # Nothing of numpy, whose arrays break the graphs of `torch.compile`.
     count = numbers.shape[-1]
-    size = int((1 + np.sqrt(1 + 8 * count)) / 2)
-    rows, columns = np.triu_indices(size, 1)
-    places = np.zeros((size, size), "int32")
-    places[rows, columns] = places[columns, rows] = np.arange(count)
-    signs = np.triu(np.ones((size, size), "float32"), 1)
-    found = ops.take(numbers, places.ravel(), axis=-1)
+    size = int((1 + math.sqrt(1 + 8 * count)) / 2)
+    columns = ops.arange(size)
+    rows = ops.reshape(columns, (size, 1))
+    low, high = ops.minimum(rows, columns), ops.maximum(rows, columns)
+    places = low * (2 * size - low - 1) // 2 + high - low - 1
+    # The diagonal's places mean nothing: its signs are 0.
+    places = ops.reshape(ops.maximum(places, 0), (-1,))
+    found = ops.take(numbers, places, axis=-1)
     found = ops.reshape(found, (*numbers.shape[:-1], size, size))
-    return found * ops.convert_to_tensor(signs - signs.T)
+    return found * ops.cast(ops.sign(columns - rows), found.dtype)
 
 
 def cayley_series(q, terms):
