@@ -64,18 +64,15 @@ def fast_slicings(
 
 
 def _fast_rank(view, slices, timer):
-    """The largest fast rank, or None; between timed ranks times are linear."""
+    """The largest rank timed that is fast, and all below it; or None."""
     fast, top = _FAST * timer.whole(view), _largest(view, slices)
-    ranks, times = [], []
-    for rank in sorted({max(1, top // 4), max(1, top // 2), top}):
-        ranks.append(rank)
-        times.append(timer.pair(view, rank, slices))
-        if times[-1] > fast:
+    found = None
+    half = -(-top // 2)  # rounded up: at half of the layer's weights or above
+    for rank in sorted({max(1, top // 4), half, top - top // 4, top}):
+        if timer.pair(view, rank, slices) > fast:
             break
-    if times[0] > fast:
-        return None
-    every = np.arange(ranks[0], ranks[-1] + 1)
-    return int(every[np.interp(every, ranks, times) <= fast][-1])
+        found = rank
+    return found
 
 
 def _largest(view, slices=1):
