@@ -10,6 +10,9 @@ import keras_spectral as ks
 
 X = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
+# Beside a second adapter the thin products are wider, and on some processors
+# XLA then adds up in another order.
+ROUNDING = 1e-6 if keras.backend.backend() == "jax" else 0.0
 
 
 def _model():
@@ -58,7 +61,7 @@ def test_each_alone_is_what_it_was_and_none_is_the_base():
     assert ks.adapter_names(model) == ["first", "second"]
     assert np.abs(first - second).max() > 0.1
     for _ in range(2):
-        assert_same(_out(ks.set_adapters(model, "first")), first)
+        assert_same(_out(ks.set_adapters(model, "first")), first, ROUNDING)
         assert_same(_out(ks.set_adapters(model, ["second"])), second)
         assert_same(_out(ks.set_adapters(model, [])), base)
     with ks.unwrapped(model):
@@ -111,7 +114,7 @@ def test_off_not_even_nan_shows_beside_another():
     ks.set_adapters(model, "second")
     for weight in model.trainable_weights:
         weight.assign(np.full(weight.shape, np.nan))
-    assert_same(_out(ks.set_adapters(model, "first")), first)
+    assert_same(_out(ks.set_adapters(model, "first")), first, ROUNDING)
     assert_same(_out(ks.set_adapters(model, [])), base)
 
 
@@ -320,11 +323,11 @@ def test_files_by_name(tmp_path):
     assert_same(_out(fresh), both)  # with the strengths it was saved with
     fresh = _model()
     ks.load_adapters(fresh, tmp_path / "first.safetensors")
-    assert_same(_out(fresh), first)
+    assert_same(_out(fresh), first, ROUNDING)
     ks.load_adapters(fresh, tmp_path / "second.safetensors", adapter="2nd")
     assert ks.adapter_names(fresh) == ["first", "2nd"]
     assert_same(_out(fresh), second)
-    assert_same(_out(ks.set_adapters(fresh, "first")), first)
+    assert_same(_out(ks.set_adapters(fresh, "first")), first, ROUNDING)
     picked = ks.load_adapters(
         _model(), tmp_path / "all.safetensors", adapter=["second"]
     )
