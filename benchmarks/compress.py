@@ -153,7 +153,10 @@ def times(args) -> None:
     for name, own in options.items():
         own = {"batch_size": 64, **own}
         ratio = 0.2 if "measure" in own else args.ratios[0]
-        models[name] = compressed(models["whole"], ratio, **own)
+        try:
+            models[name] = compressed(models["whole"], ratio, **own)
+        except ValueError as error:  # no pair is so fast, or none was measured
+            SHOW.print(f"{name}: {error}")
     rounds: dict[str, list] = {name: [] for name in models}
     for _ in track(range(args.repeats + 1), "rounds", console=SHOW):
         for name, model in models.items():
