@@ -75,7 +75,9 @@ def compress_model(
       a pair each (a grouped convolution and a 1x1); slices and ranks are
       chosen so that the largest relative error of all layers is smallest.
       A pair, in slices or not, takes a layer's place where it is faster by a
-      tenth, which is timed here, unless `max_slices` says otherwise;
+      tenth, which is timed here, unless `max_slices` says otherwise. Layers
+      that no pair makes faster are compressed as well only if a budget cannot
+      be met without them;
     - `"sensitivity"`: such that one weight more would lower the loss of the
       whole model alike in every layer. The loss, the relative squared change
       of the outputs, is measured on the first batch of `calibration` with

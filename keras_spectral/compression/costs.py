@@ -47,13 +47,13 @@ def fast_slicings(
 
     A tenth, as times vary, and as what follows a layer may be fused with it.
 
-    One slice is always there, without a limit (None) where no rank is fast.
-    More are tried, fewer first, until some are slower at a fourth of the
-    layer's weights.
+    One slice is always there: to rank 0 where none is fast, without a limit
+    (None) where sizes are not known. More are tried, fewer first, until some
+    are slower at a fourth of the layer's weights.
     """
-    found: dict[int, int | None] = {1: None}
     if not timer.knows_sizes(view):
-        return found
+        return {1: None}
+    found: dict[int, int | None] = {1: 0}
     for slices in slicings:
         limit = _fast_rank(view, slices, timer)
         if limit is not None:
@@ -65,11 +65,10 @@ def fast_slicings(
 
 def _fast_rank(view, slices, timer):
     """The largest rank timed that is fast, and all below it; or None."""
-    fast, top = _FAST * timer.whole(view), _largest(view, slices)
-    found = None
+    top, found = _largest(view, slices), None
     half = -(-top // 2)  # rounded up: at half of the layer's weights or above
     for rank in sorted({max(1, top // 4), half, top - top // 4, top}):
-        if timer.pair(view, rank, slices) > fast:
+        if not timer.is_faster(view, _FAST, rank, slices):
             break
         found = rank
     return found

@@ -53,6 +53,22 @@ class Timer:
 
         return self._timed(view, make, rank, slices)
 
+    def is_faster(
+        self, view: KernelView, share: float, rank: int, slices: int = 1
+    ) -> bool:
+        """Whether a pair takes at most a share of the layer's own time.
+
+        The layer is timed before a new pair and after it, and its shortest
+        time counts: the same machine is slower at one moment than at another.
+        """
+        whole, count = self.whole(view), len(self.latencies)
+        pair = self.pair(view, rank, slices)
+        if len(self.latencies) > count:
+            shape = self._sizes(view)
+            whole = min(whole, milliseconds(view.layer, shape))
+            self.latencies[_key(view, shape)] = whole
+        return pair <= share * whole
+
     def knows_sizes(self, view: KernelView) -> bool:
         """Whether it can time a layer."""
         return self.unknown_size is not None or None not in _shape(view)[1:]

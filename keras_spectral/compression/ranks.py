@@ -28,7 +28,8 @@ class Spectrum:
         costs: What is to be saved: for each number of slices what a pair of
             the ranks 1, 2, .. has of it, ascending; weights if None.
         whole: What the layer itself has of it.
-        limits: The largest ranks of slices that are fast enough.
+        limits: The largest ranks that are fast enough, for each number of
+            slices; None where none is too slow.
     """
 
     values: dict[int, np.ndarray]
@@ -38,12 +39,18 @@ class Spectrum:
     losses: dict[int, float] | None = None
     costs: dict[int, np.ndarray] | None = None
     whole: float | None = None
-    limits: dict[int, int] | None = None
+    limits: dict[int, int | None] | None = None
 
     @property
     def norm(self) -> float:
         """The kernel's largest singular value."""
         return float(self.values[1].max())
+
+    def with_slow_pairs(self) -> "Spectrum":
+        """Without the limit of pairs that are not cut into slices."""
+        return dataclasses.replace(
+            self, limits={**(self.limits or {}), 1: None}
+        )
 
     def bound(self, choice: "Choice") -> float:
         """Bound of the spectral norm of what is dropped, over the kernel's.
@@ -207,7 +214,8 @@ def allocate(
     """Chooses a rank and a number of slices for every layer.
 
     Every rule has one level for all layers, from 0 (rank 1) to 1 (all). The
-    level is found by bisection.
+    level is found by bisection. For a budget ALDS leaves layers whole that no
+    pair makes faster, unless it cannot be met without them.
 
     Args:
         spectra: The layers.
@@ -225,12 +233,16 @@ def allocate(
         return [rule(spectrum, level) for spectrum in spectra]
 
     if max_error is not None:
+        spectra = [spectrum.with_slow_pairs() for spectrum in spectra]
 
         def is_low(level):
             return worst_error(spectra, plan(level)) > max_error
 
         return plan(_bisect(is_low)[1])
     smallest = plan(0.0)
+    if total_cost(spectra, smallest) > budget and method == "alds":
+        spectra = [spectrum.with_slow_pairs() for spectrum in spectra]
+        smallest = plan(0.0)
     if total_cost(spectra, smallest) > budget:
         left = total_cost(spectra, smallest)
         raise ValueError(

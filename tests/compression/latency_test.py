@@ -122,9 +122,14 @@ def test_layers_that_no_pair_makes_faster_stay(clock, monkeypatch):
         "_key",
         lambda view, shape, *pair: f"{view.layer.name} {shape} {pair}",
     )
-    small = ks.compress_model(_model(), 0.3, measure="latency")
-    assert not isinstance(small.get_layer("two"), LowRank)
-    assert isinstance(small.get_layer("one"), LowRank)
+    for measure in ("latency", "weights"):
+        small = ks.compress_model(_model(), 0.3, measure=measure)
+        assert not isinstance(small.get_layer("two"), LowRank)
+        assert isinstance(small.get_layer("one"), LowRank)
+    # Where a goal cannot be met without it, it is compressed as well.
+    for goal in ({"ratio": 0.8}, {"max_error": 0.6}):
+        small = ks.compress_model(_model(), **goal)
+        assert isinstance(small.get_layer("two"), LowRank)
 
 
 @pytest.mark.parametrize("method", ["uniform", "energy", "global", "alds"])
