@@ -127,7 +127,7 @@ def test_layers_that_no_pair_makes_faster_stay(clock, monkeypatch):
         assert not isinstance(small.get_layer("two"), LowRank)
         assert isinstance(small.get_layer("one"), LowRank)
     # Where a goal cannot be met without it, it is compressed as well.
-    for goal in ({"ratio": 0.8}, {"max_error": 0.6}):
+    for goal in ({"ratio": 0.8}, {"max_error": 0.9}):
         small = ks.compress_model(_model(), **goal)
         assert isinstance(small.get_layer("two"), LowRank)
 
