@@ -29,7 +29,7 @@ class Spectrum:
             the ranks 1, 2, .. has of it, ascending; weights if None.
         whole: What the layer itself has of it.
         limits: The largest ranks that are fast enough, for each number of
-            slices; None where none is too slow.
+            slices; 0 where none is, None where it does not matter.
     """
 
     values: dict[int, np.ndarray]
@@ -47,10 +47,9 @@ class Spectrum:
         return float(self.values[1].max())
 
     def with_slow_pairs(self) -> "Spectrum":
-        """Without the limit of pairs that are not cut into slices."""
-        return dataclasses.replace(
-            self, limits={**(self.limits or {}), 1: None}
-        )
+        """Without a limit where it is 0."""
+        limits = {n: limit or None for n, limit in (self.limits or {}).items()}
+        return dataclasses.replace(self, limits=limits)
 
     def bound(self, choice: "Choice") -> float:
         """Bound of the spectral norm of what is dropped, over the kernel's.

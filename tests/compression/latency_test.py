@@ -122,14 +122,37 @@ def test_layers_that_no_pair_makes_faster_stay(clock, monkeypatch):
         "_key",
         lambda view, shape, *pair: f"{view.layer.name} {shape} {pair}",
     )
-    for measure in ("latency", "weights"):
-        small = ks.compress_model(_model(), 0.3, measure=measure)
+    for measure, ratio in (("latency", 0.3), ("weights", 0.6)):
+        small = ks.compress_model(_model(), ratio, measure=measure)
         assert not isinstance(small.get_layer("two"), LowRank)
         assert isinstance(small.get_layer("one"), LowRank)
     # Where a goal cannot be met without it, it is compressed as well.
     for goal in ({"ratio": 0.8}, {"max_error": 0.9}):
         small = ks.compress_model(_model(), **goal)
         assert isinstance(small.get_layer("two"), LowRank)
+
+
+def test_a_layer_that_seemed_slow_is_judged_again(clock, monkeypatch):
+    """Pairs of a larger rank are timed later, and the layer beside them."""
+    formula, wholes = latency.milliseconds, []
+
+    def milliseconds(layer, shape):
+        if isinstance(layer, LowRank):
+            return 3.0 if layer.name == "two" else 0.01
+        wholes.append(layer.name)
+        slow = layer.name == "two" and wholes.count("two") < 3
+        return 50.0 if slow else formula(layer, shape)
+
+    monkeypatch.setattr(latency, "milliseconds", milliseconds)
+    monkeypatch.setattr(
+        latency,
+        "_key",
+        lambda view, shape, *pair: f"{view.layer.name} {shape} {pair}",
+    )
+    small = ks.compress_model(_model(), 0.045, target=["two", "head"])
+    assert wholes.count("two") >= 3
+    assert not isinstance(small.get_layer("two"), LowRank)
+    assert isinstance(small.get_layer("head"), LowRank)
 
 
 @pytest.mark.parametrize("method", ["uniform", "energy", "global", "alds"])
