@@ -250,7 +250,7 @@ def allocate(
             "more layers to compress."
         )
     if method == "alds":
-        return _alternate(spectra, budget)
+        return _filled(spectra, _alternate(spectra, budget), budget)
     return _within(spectra, plan, budget)
 
 
@@ -288,12 +288,41 @@ def _within(spectra, plan, budget):
     return plan(level)
 
 
+def _filled(spectra, plan, budget):
+    """The same, and what is left of the budget for other layers.
+
+    A layer whose next step is to stay whole stands still where that costs too
+    much; the level of the others rises.
+    """
+    settled = {}
+
+    def going_on(level):
+        return [settled.get(i, c) for i, c in enumerate(plan(level))]
+
+    def is_low(level):
+        return total_cost(spectra, going_on(level)) <= budget
+
+    while True:
+        low, high = _bisect(is_low)
+        now, then = going_on(low), going_on(high)
+        stuck = [
+            i for i, c in enumerate(then) if c is LEAVE and now[i] is not LEAVE
+        ]
+        if not stuck:
+            return now
+        for i in stuck:
+            pair, now[i] = now[i], LEAVE
+            if total_cost(spectra, now) > budget:
+                now[i] = pair
+            settled[i] = now[i]
+
+
 def _alternate(spectra, budget):
     """ALDS: slicings from several starts, each improved until it stands.
 
     In turn: with all slicings fixed, the smallest common error that meets
     the budget; then for each layer the slicing with the smallest error at
-    the size that it got.
+    the size that it got. Returns the best slicings' plan of a level.
     """
     rng = np.random.default_rng(0)
     tables = [_tables(spectrum) for spectrum in spectra]
@@ -312,7 +341,7 @@ def _alternate(spectra, budget):
             if total_cost(spectra, plan(0.0)) > budget:
                 break
             choices = _within(spectra, plan, budget)
-            plans.append(choices)
+            plans.append((choices, plan))
             better = [
                 _best_slicing(s, t, c, k)
                 for s, t, c, k in zip(spectra, tables, choices, slicing)
@@ -320,10 +349,12 @@ def _alternate(spectra, budget):
             if better == slicing:
                 break
             slicing = better
-    return min(
-        plans,
-        key=lambda p: (worst_error(spectra, p), -total_cost(spectra, p)),
-    )
+
+    def merit(found):
+        choices = found[0]
+        return worst_error(spectra, choices), -total_cost(spectra, choices)
+
+    return min(plans, key=merit)[1]
 
 
 def _tables(spectrum):

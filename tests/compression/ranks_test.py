@@ -181,6 +181,20 @@ def test_slices_beyond_their_limit_are_left_out():
                 assert choice.rank <= {2: 2, 4: 1}[choice.slices]
 
 
+def test_a_layer_that_stands_still_leaves_the_budget_to_others():
+    """Its next step would be to stay whole, which costs too much."""
+    large, small = _spectrum(0, 96, 96, (1,)), _spectrum(1, slicings=(1,))
+    large = dataclasses.replace(large, limits={1: 2})
+    spectra, fast = [large, small, small], 2 * large.per_rank[1]
+    for budget in (fast + 600, fast + 740):
+        found = allocate(spectra, "alds", budget)
+        assert found[0] == Choice(2)
+        assert 0 <= budget - total_cost(spectra, found) < 2 * 40
+    # Of two whole layers there is room for one.
+    found = allocate([large, large, small], "alds", 96 * 96 + fast + 300)
+    assert found[:2] == [LEAVE, Choice(2)] and found[2].rank == 7
+
+
 def test_losses_between_measured_ranks():
     values = {1: np.array([[4.0, 2.0, 1.0, 1.0]])}
     spectrum = Spectrum(values, 1000, {1: 10}, losses={1: 0.6, 3: 0.1})
