@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sequential, bias": SEQUENTIAL,
     "sequential, bias, energy": SEQUENTIAL | {"method": "energy"},
     "sequential, bias, global": SEQUENTIAL | {"method": "global"},
+    "outputs, bias, sensitivity": {"method": "sensitivity"},
     "sequential, bias, sensitivity": SEQUENTIAL | {"method": "sensitivity"},
 }
 
@@ -95,7 +96,14 @@ class Tuned:
 
     ratios = (0.6, 0.4, 0.2)
     seeds = (0, 1)
-    variants = ("plain", "outputs", "outputs, bias", "sequential, bias")
+    variants = (
+        "plain",
+        "outputs",
+        "outputs, bias",
+        "sequential, bias",
+        "outputs, bias, sensitivity",
+        "sequential, bias, sensitivity",
+    )
     higher = "accuracy"
 
     def __init__(self, args):
@@ -166,6 +174,7 @@ class SmolLM:
         "outputs",
         "sequential",
         "sequential, bias, energy",
+        "outputs, bias, sensitivity",
         "sequential, bias, sensitivity",
     )
     higher = None
@@ -241,7 +250,10 @@ def run(args, show) -> None:
                 if not plain:
                     options["calibration"] = case.calibration
                     options["batch_size"] = args.at_once
-                if "sequential" not in options and not plain:
+                whole = "sequential" in options or variant.endswith(
+                    "sensitivity"
+                )
+                if not whole and not plain:
                     found = found or ks.calibrate(
                         case.model, case.calibration, "all-linear"
                     )
@@ -332,7 +344,7 @@ def main() -> None:
     add("--ratios", nargs="+", type=float, help="shares to remove")
     add("--variants", nargs="+", choices=VARIANTS)
     add("--rows", type=int, default=384, help="examples of the calibration")
-    add("--at-once", type=int, default=10**6, help="its batch size")
+    add("--at-once", type=int, help="its batch size, all by default")
     add("--length", type=int, default=64)
     add("--examples", type=int, default=1500, help="to fine-tune on")
     add("--tests", type=int, default=2000, help="examples to test on, at most")
@@ -340,6 +352,7 @@ def main() -> None:
     add("--rate", type=float, default=3e-4)
     add("--batch", type=int, default=2)
     args = parser.parse_args()
+    args.at_once = args.at_once or args.rows
     show = Console(width=160)
     {"run": run, "table": table}[args.what](args, show)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import keras
 
+from keras_spectral._backend import release
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import batches
-from keras_spectral._internal.linalg import singular_values
 from keras_spectral.compression import ranks
 from keras_spectral.compression.calibrated import check_calibration
 from keras_spectral.compression.calibrated import fits_of
@@ -20,7 +20,7 @@ from keras_spectral.compression.costs import UNITS
 from keras_spectral.compression.costs import fast_slicings
 from keras_spectral.compression.costs import with_costs
 from keras_spectral.compression.latency import Timer
-from keras_spectral.compression.losses import with_losses
+from keras_spectral.compression.losses import with_prices
 from keras_spectral.compression.pairs import fitted_pair
 from keras_spectral.compression.recovery import prepare_recovery
 from keras_spectral.compression.recovery import spare
@@ -78,14 +78,15 @@ def compress_model(
       tenth, which is timed here, unless `max_slices` says otherwise. Layers
       that no pair makes faster are compressed as well only if a budget cannot
       be met without them;
-    - `"sensitivity"`: such that one weight more would lower the loss of the
-      whole model alike in every layer. The loss, the relative squared change
-      of the outputs, is measured on the first batch of `calibration` with
-      each layer alone truncated, three runs for each layer.
+    - `"sensitivity"`: such that the change of the model's outputs, all layers
+      together, is smallest. What a layer's change adds to it is estimated
+      from gradients of the outputs on the first 64 examples of
+      `calibration`. Slices and times count as for ALDS.
 
     By default it is `"alds"`. With `calibration` and without a `max_error` it
-    is `"uniform"` instead where most weights are in layers that cannot be cut:
-    there ALDS is `"global"`, which kept less of MiniLM's answers.
+    is `"sensitivity"` instead where most weights are in layers that cannot be
+    cut, or `"uniform"` if the calibration is one of `calibrate`: there ALDS
+    is `"global"`, which kept less of MiniLM's answers.
 
     With `calibration`, a few hundred typical inputs, what is smallest at a
     rank is no longer the change of the kernel, `||K - A B||`, but that of the
@@ -116,9 +117,9 @@ def compress_model(
             kernels; or `"latency"`, the time that layers take in inference on
             this machine and backend. Each shape is timed once, whole and as a
             pair of a few ranks. A layer that none makes faster stays whole.
-        max_slices: Of ALDS, the most slices of a layer, however slow they
-            are. By default the time decides; where it is not known, because
-            a model leaves sizes open, there are none.
+        max_slices: Of ALDS and sensitivity, the most slices of a layer,
+            however slow they are. By default the time decides; where it is
+            not known, because a model leaves sizes open, there are none.
         target: Which layers, as for `wrap_model`. Defaults to all that can
             be factorised but embeddings, or to those that `calibrate` has
             seen, if `calibration` is of it.
@@ -204,16 +205,16 @@ def compress_model(
     chosen = chosen_places(model, target, exclude, keep_ends)
     small = copy_model(model)
     copies = dict(zip(map(id, ordered_layers(model)), ordered_layers(small)))
-    views = [kernel_view(copies[id(place.layer)]) for place in chosen]
+    views = [kernel_view(place.layer) for place in chosen]
     if method is None:
-        even = calibration is not None and max_error is None
-        method = "uniform" if even and not _can_be_cut(views) else "alds"
+        method = _default_method(views, calibration, max_error)
     data = calibration
     if calibration is not None and not isinstance(calibration, Calibration):
         data = batches(calibration, batch_size)
         if sequential or method == "sensitivity":
             data = list(data)
-    fits = fits_of(model, chosen, views, data, compensate_bias)
+    own = [kernel_view(copies[id(place.layer)]) for place in chosen]
+    fits = fits_of(model, chosen, own, data, compensate_bias)
     timer = Timer(batch_size, unknown_size, latencies)
     for _ in range(2):  # by all times: a layer may be faster than it seemed
         limits = [
@@ -223,7 +224,7 @@ def compress_model(
     true_bound = true_bound or max_error is not None
     spectra = _spectra(fits, limits, true_bound)
     if method == "sensitivity":
-        spectra = with_losses(small, fits, spectra, data[0][0])
+        spectra = with_prices(model, chosen, fits, spectra, data)
     spectra = with_costs(spectra, views, measure, timer)
     if budget is not None and measure == "weights":
         budget += sum(s.weights for s in spectra) - count_weights(model)
@@ -252,8 +253,8 @@ def compress_model(
         }
         prepare_recovery(small, whole, recover, spared)
     errors = [
-        _error(pairs.get(v.layer), s, c)
-        for v, s, c in zip(views, spectra, left)
+        _error(pairs.get(fit.view.layer), s, c)
+        for fit, s, c in zip(fits, spectra, left)
     ]
     timed = timer if measure == "latency" or latencies is not None else None
     rows = [
@@ -270,6 +271,12 @@ def compress_model(
     return small
 
 
+def _default_method(views, calibration, max_error):
+    if calibration is None or max_error is not None or _can_be_cut(views):
+        return "alds"
+    return "uniform" if isinstance(calibration, Calibration) else "sensitivity"
+
+
 def _can_be_cut(views):
     """Whether most of the weights are in layers of several `slicings`."""
     weights = {True: 0, False: 0}
@@ -280,7 +287,7 @@ def _can_be_cut(views):
 
 def _slicings(view, method, measure, most, timer):
     """The numbers of slices to look at, each with its largest rank or None."""
-    if method != "alds":
+    if method not in ("alds", "sensitivity"):
         return {1: None}
     known = view.slicings()
     if most is None and measure == "weights":
@@ -293,7 +300,7 @@ def _spectra(fits, limits, true_bound):
     with LateProgress("singular values", len(fits)) as progress:
         for fit, limit in zip(fits, limits):
             view = fit.view
-            values = {n: singular_values(fit.whitened(n)) for n in limit}
+            values = {n: fit.spectrum(n) for n in limit}
             per_rank = {n: view.pair_weights(1, n) for n in limit}
             spectrum = ranks.Spectrum(
                 values, view.num_weights, per_rank, true_bound, limits=limit
@@ -304,10 +311,14 @@ def _spectra(fits, limits, true_bound):
 
 
 def _pairs(plan):
+    """The pairs of a copy's layers, whose own kernels are gone afterwards."""
     pairs = {}
     with LateProgress("factorising kernels", len(plan)) as progress:
         for layer, entry in plan.items():
             pairs[layer] = fitted_pair(*entry)
+            view = entry[0].view
+            if view.kernel_name is not None:  # it is no product of two
+                release(view.variable())
             progress.advance(1)
     return pairs
 

@@ -9,6 +9,7 @@ from keras_spectral._internal.linalg import block_diagonal
 from keras_spectral._internal.linalg import leading_pair
 from keras_spectral._internal.linalg import pair_along
 from keras_spectral._internal.linalg import right_vectors
+from keras_spectral._internal.linalg import singular_values
 from keras_spectral.kernels import KernelView
 from keras_spectral.layers.moments import Moments
 
@@ -81,13 +82,17 @@ class Fit:
         pairs = zip(self._roots(slices), parts)
         return np.stack([_times(root, part) for root, part in pairs])
 
+    def spectrum(self, slices: int = 1) -> np.ndarray:
+        """The singular values of `whitened`."""
+        return singular_values(self.whitened(slices), self._precision())
+
     def pair(self, rank: int, slices: int = 1) -> tuple[np.ndarray, ...]:
         """A (parts, rows, rank) and B (parts, rank, columns)."""
         target = self.target()
         parts = self.view.parts(ops.convert_to_tensor(target), slices)
         parts = ops.convert_to_numpy(parts)
         if self.moments is None:
-            return leading_pair(parts, rank)
+            return leading_pair(parts, rank, self._precision())
         v = right_vectors(self.whitened(slices, target), rank)
         return pair_along(parts, v.astype(target.dtype))
 
@@ -116,6 +121,11 @@ class Fit:
         total = _inner(kernel, self._second(self.original), kernel)
         lost = total - 2 * _inner(matrix, self._cross(), kernel)
         return _ratio(lost + _inner(matrix, second, matrix), total)
+
+    def _precision(self):
+        """Kernels of half precision alone need no more than float32."""
+        half = "16" in self.view.layer.variable_dtype
+        return "float32" if half and self.moments is None else "float64"
 
     def _second(self, moments=None):
         """The second moments in float64, less means where a bias has them."""

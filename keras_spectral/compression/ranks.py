@@ -10,6 +10,7 @@ import numpy as np
 _HALVINGS = 60
 _SEEDS = 15
 _ROUNDS = 50
+_DIGITS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,7 @@ class Spectrum:
         per_rank: For each number of slices what one rank costs in weights.
         true_bound: Whether choices are judged by `bound`, or by it without
             its root.
-        losses: For a few ranks what truncating this layer alone costs the
-            model.
+        price: What a dropped sum of squares of 1 costs the model.
         costs: What is to be saved: for each number of slices what a pair of
             the ranks 1, 2, .. has of it, ascending; weights if None.
         whole: What the layer itself has of it.
@@ -36,7 +36,7 @@ class Spectrum:
     weights: int
     per_rank: dict[int, int]
     true_bound: bool = True
-    losses: dict[int, float] | None = None
+    price: float | None = None
     costs: dict[int, np.ndarray] | None = None
     whole: float | None = None
     limits: dict[int, int | None] | None = None
@@ -77,8 +77,10 @@ class Spectrum:
 
     def errors(self, slices: int) -> np.ndarray:
         """`error` of the ranks 1 to m, or to the limit."""
-        limit = (self.limits or {}).get(slices)
-        return self._errors(slices)[:limit]
+        return self._errors(slices)[: self._limit(slices)]
+
+    def _limit(self, slices):
+        return (self.limits or {}).get(slices)
 
     def _errors(self, slices):
         factor = math.sqrt(slices) if self.true_bound else 1.0
@@ -89,22 +91,11 @@ class Spectrum:
         beyond = np.append(values[:, 1:].max(axis=0), 0.0)
         return beyond / max(self.norm, 1e-30)
 
-    def loss(self) -> np.ndarray:
-        """What the ranks 1 to m cost the model.
-
-        That is the dropped part's sum of squares, times the loss for one of
-        it, which is interpolated between the ranks where it was measured.
-        """
-        squares = (self.values[1].astype("float64") ** 2).sum(axis=0)
+    def loss(self, slices: int = 1) -> np.ndarray:
+        """What the ranks 1 to m cost the model, or to the limit."""
+        squares = (self.values[slices].astype("float64") ** 2).sum(axis=0)
         dropped = np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0)
-        dropped /= max(float(squares.sum()), 1e-60)
-        ranks = np.array(sorted(self.losses))
-        prices = [
-            self.losses[r] / max(float(dropped[r - 1]), 1e-12) for r in ranks
-        ]
-        numbers = np.arange(1, len(squares) + 1)
-        loss = dropped * np.interp(numbers, ranks, prices)
-        return np.minimum.accumulate(loss)
+        return self.price * dropped[: self._limit(slices)]
 
     def size(self, choice: "Choice") -> int:
         """Numbers that are left of the kernel."""
@@ -126,8 +117,9 @@ class Spectrum:
         return self.per_rank[slices] * np.arange(1, count + 1)
 
     def within(self, cost: float, slices: int = 1) -> int:
-        """The largest rank that costs no more, 0 if there is none."""
-        return int(np.searchsorted(self.cost_table(slices), cost, "right"))
+        """The largest fast rank that costs no more, 0 if there is none."""
+        costs = self.cost_table(slices)[: self._limit(slices)]
+        return int(np.searchsorted(costs, cost, "right"))
 
     def choice(self, rank: int, slices: int = 1) -> "Choice":
         """This rank, at least 1, or none where nothing would be saved."""
@@ -179,19 +171,19 @@ def alds(spectrum: Spectrum, level: float) -> Choice:
 
 
 def sensitivity(spectrum: Spectrum, level: float) -> Choice:
-    """Keeps ranks as long as their cost lowers the model's loss by a price.
+    """The slicing and rank of the least loss, with a price on what is saved.
 
-    The price is the same in all layers, from infinity at level 0 to 0 at 1.
+    The price is the same in all layers, from 1e30 at level 0 to 1e-30 at 1.
     """
-    if not 0 < level < 1:
-        return spectrum.choice(1 if level <= 0 else len(spectrum.values[1][0]))
-    price = (1 - level) / level
-    loss = spectrum.loss()
-    costs = loss + price * spectrum.cost_table()
-    rank = int(np.argmin(costs)) + 1
-    if price * spectrum.cost(LEAVE) <= costs[rank - 1]:
-        return LEAVE
-    return spectrum.choice(rank)
+    price = 10 ** (_DIGITS * (1 - 2 * level))
+    found, least = LEAVE, price * spectrum.cost(LEAVE)
+    for count in spectrum.values:
+        losses = spectrum.loss(count)
+        costs = losses + price * spectrum.cost_table(count)[: len(losses)]
+        if len(costs) and costs.min() < least:
+            found = spectrum.choice(int(np.argmin(costs)) + 1, count)
+            least = costs.min()
+    return found
 
 
 RULES: dict[str, Rule] = {
@@ -213,8 +205,8 @@ def allocate(
     """Chooses a rank and a number of slices for every layer.
 
     Every rule has one level for all layers, from 0 (rank 1) to 1 (all). The
-    level is found by bisection. For a budget ALDS leaves layers whole that no
-    pair makes faster, unless it cannot be met without them.
+    level is found by bisection. For a budget layers stay whole that have
+    limits of 0, unless it cannot be met without them.
 
     Args:
         spectra: The layers.
@@ -239,7 +231,7 @@ def allocate(
 
         return plan(_bisect(is_low)[1])
     smallest = plan(0.0)
-    if total_cost(spectra, smallest) > budget and method == "alds":
+    if total_cost(spectra, smallest) > budget:
         spectra = [spectrum.with_slow_pairs() for spectrum in spectra]
         smallest = plan(0.0)
     if total_cost(spectra, smallest) > budget:
@@ -250,8 +242,10 @@ def allocate(
             "more layers to compress."
         )
     if method == "alds":
-        return _filled(spectra, _alternate(spectra, budget), budget)
-    return _within(spectra, plan, budget)
+        plan = _alternate(spectra, budget)
+    elif method != "sensitivity":
+        return _within(spectra, plan, budget)
+    return _filled(spectra, plan, budget)
 
 
 def total_cost(spectra: Sequence[Spectrum], choices: Sequence[Choice]) -> float:
@@ -291,8 +285,8 @@ def _within(spectra, plan, budget):
 def _filled(spectra, plan, budget):
     """The same, and what is left of the budget for other layers.
 
-    A layer whose next step is to stay whole stands still where that costs too
-    much; the level of the others rises.
+    A layer whose next step is to stay whole, which costs too much, gets the
+    rank that there is room for, and the level of the others rises.
     """
     settled = {}
 
@@ -311,9 +305,12 @@ def _filled(spectra, plan, budget):
         if not stuck:
             return now
         for i in stuck:
-            pair, now[i] = now[i], LEAVE
-            if total_cost(spectra, now) > budget:
-                now[i] = pair
+            others = total_cost(spectra, now) - spectra[i].cost(now[i])
+            room, slices = budget - others, now[i].slices
+            if spectra[i].cost(LEAVE) <= room:
+                now[i] = LEAVE
+            else:
+                now[i] = Choice(spectra[i].within(room, slices), slices)
             settled[i] = now[i]
 
 
@@ -384,7 +381,7 @@ def _best_slicing(spectrum, tables, choice, slices):
         return slices
     cost, best = spectrum.cost(choice), (spectrum.error(choice), slices)
     for count, errors in tables.items():
-        rank = min(spectrum.within(cost, count), len(errors))
+        rank = spectrum.within(cost, count)
         if rank:
             best = min(best, (float(errors[rank - 1]), count))
     return best[1]

@@ -383,7 +383,8 @@ def test_export_to_onnx(tmp_path):
         (True, False, "ratio", "alds"),
         (True, True, "ratio", "alds"),
         (False, False, "ratio", "alds"),
-        (False, True, "ratio", "uniform"),
+        (False, True, "ratio", "sensitivity"),
+        (False, "found", "ratio", "uniform"),
         (False, True, "max_error", "alds"),
     ],
 )
@@ -395,14 +396,19 @@ def test_the_rule_by_default(can_be_cut, calibrated, goal, expected):
         options["calibration"] = (
             _images(256) if can_be_cut else rng.normal(size=(64, 16))
         )
+    if calibrated == "found":
+        options["calibration"] = ks.calibrate(
+            model, options["calibration"], "all"
+        )
 
     def choices(**more):
         small = ks.compress_model(model, **options, **more)
         rows = ks.compression_report(small, QUIET).layers
         return [(row.rank, row.slices) for row in rows]
 
-    found = {name: choices(method=name) for name in ("alds", "uniform")}
-    assert found["alds"] != found["uniform"]
+    names = {"alds", "uniform"} | {expected}
+    found = {name: choices(method=name) for name in names}
+    assert len({str(choice) for choice in found.values()}) == len(names)
     assert choices() == found[expected]
 
 
