@@ -327,16 +327,23 @@ def inference_of(layer: keras.layers.Layer, inputs) -> Callable[[], None]:
     return run
 
 
-def symmetric_eigh(matrix: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The eigenvalues, ascending, and eigenvectors of a numpy matrix.
+def symmetric_eigen(
+    matrix: np.ndarray, vectors: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The eigenvalues, ascending, of a numpy matrix, and eigenvectors if asked.
 
     In float32 numpy takes as long as in float64, PyTorch half of it.
     """
     if keras.backend.backend() != "torch" or matrix.dtype != "float32":
-        return np.linalg.eigh(matrix)
+        if vectors:
+            return np.linalg.eigh(matrix)
+        return np.linalg.eigvalsh(matrix), None
     import torch
 
-    return tuple(x.numpy() for x in torch.linalg.eigh(torch.from_numpy(matrix)))
+    matrix = torch.from_numpy(matrix)
+    if vectors:
+        return tuple(x.numpy() for x in torch.linalg.eigh(matrix))
+    return torch.linalg.eigvalsh(matrix).numpy(), None
 
 
 def release(variable: keras.Variable) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_spectral._backend import solve_positive
-from keras_spectral._backend import symmetric_eigh
+from keras_spectral._backend import symmetric_eigen
 
 _TINY = 1e-7  # beside 1, hardly more than float32's rounding
 
@@ -120,7 +120,8 @@ def singular_values(
         matrix: K (..., n_in, n_out).
         precision: `"float64"` or `"float32"`.
     """
-    values = np.linalg.eigvalsh(_smaller_product(matrix.astype(precision)))
+    product = _smaller_product(matrix.astype(precision))
+    values, _ = symmetric_eigen(product, vectors=False)
     return np.sqrt(np.maximum(values[..., ::-1], 0))
 
 
@@ -180,7 +181,7 @@ def leading_pair(
 
 def _leading_vectors(matrix, rank):
     """Singular vectors on the smaller side."""
-    _, vectors = symmetric_eigh(_smaller_product(matrix))
+    _, vectors = symmetric_eigen(_smaller_product(matrix), vectors=True)
     return vectors[..., : -rank - 1 : -1]
 
 
