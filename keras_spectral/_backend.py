@@ -105,24 +105,24 @@ def over_replicas(tensors: list) -> list:
     return context.all_reduce(tf.distribute.ReduceOp.SUM, list(tensors))
 
 
-def is_off(strength: keras.Variable) -> bool:
-    """Whether a strength is 0, where Python can know without a wait.
+def is_on(strength: keras.Variable) -> bool | None:
+    """Whether a strength is not 0, where Python can know without a wait.
 
     PyTorch runs eagerly: what is off is left out there. Its answer is kept
     until the variable is assigned again, because a look at a number makes a
     GPU stop. A compiled step, as of the other backends, is not traced again
-    for another strength, so there the answer is always False.
+    for another strength, so there the answer is None.
     """
     if keras.backend.backend() != "torch":
-        return False
+        return None
     import torch
 
     value = strength.value
     if torch.compiler.is_compiling() or value.device.type == "meta":
-        return False
+        return None
     known = (id(value), value._version)
     if vars(strength).get("_known", (None, None))[0] != known:
-        strength._known = (known, bool(value.detach() == 0))
+        strength._known = (known, bool(value.detach() != 0))
     return strength._known[1]
 
 

@@ -5,6 +5,7 @@ import functools
 import keras
 
 from keras_spectral._internal.layer_tools import freeze
+from keras_spectral._internal.layer_tools import sublayers
 
 
 class Host(keras.layers.Wrapper):
@@ -38,9 +39,11 @@ class Host(keras.layers.Wrapper):
         self.activity_regularizer = layer.activity_regularizer
         self._base_trainable = layer.trainable
         self._keeps_frozen = False
+        self._is_plain = _is_plain(layer)
 
     def build(self, input_shape=None):
         super().build(input_shape)
+        self.input_spec = self.layer.input_spec
         self._base_trainable = self.layer.trainable
         self.keep_base_frozen()
 
@@ -71,6 +74,21 @@ class Host(keras.layers.Wrapper):
         keras.layers.Layer.trainable.fset(self, value)
         if self._keeps_frozen:
             self.freeze_base()
+
+    def run_base(self, base, *args, **kwargs):
+        """Calls a twin of the base, without what Keras does around `call`.
+
+        That is for PyTorch, where it costs a small layer as much as its
+        product does. Keras has done the same around the host's own call.
+        """
+        policy = base._dtype_policy
+        quantized = isinstance(
+            policy, keras.dtype_policies.QuantizedDTypePolicy
+        )
+        same = policy is self.layer._dtype_policy and not quantized
+        if self._is_plain and same and base._remat_mode is None:
+            return base.call(*args, **kwargs)
+        return base(*args, **kwargs)
 
     def run_members(self, run, training):
         """What `run(members)` gives for those that are on.
@@ -176,3 +194,11 @@ def _own_names():
     layer(keras.ops.zeros((1,)))
     names = {"_torch_params", "_build_shapes_dict", "_metrics", "view", "layer"}
     return names | set(vars(layer)) | set(vars(layer).get("_modules", ()))
+
+
+def _is_plain(layer):
+    """Whether on PyTorch a call of a layer is no more than its `call`."""
+    own = type(layer).__call__ is not keras.layers.Layer.__call__
+    known = "mask" in layer._call_signature.parameters
+    inside = bool(sublayers(layer))
+    return keras.backend.backend() == "torch" and not (own or known or inside)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from keras_spectral._backend import is_on
 from keras_spectral._backend import is_training
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_seed
@@ -284,8 +285,10 @@ class KernelAdapter(AdapterLayer, KernelHost):
         return self._strong(*self.factors())
 
     def _strong(self, a, b):
-        # Switched off both are zero, whatever they hold: NaN times 0 is NaN.
         a, amount = ops.convert_to_tensor(a), self.amount
+        if is_on(self.adapter_strength):
+            return a, b * amount
+        # Switched off both are zero, whatever they hold: NaN times 0 is NaN.
         on = ops.not_equal(amount, 0.0)
         return ops.where(on, a, 0.0), ops.where(on, b * amount, 0.0)
 

@@ -41,11 +41,12 @@ class KernelHost(Host):
         for member in before:
             change = member.weighed(member.input_change(inputs))
             changed = changed + ops.cast(change, inputs.dtype)
-        outputs = plain = self._base(formed, training)(changed, **kwargs)
+        base = self._base(formed, training)
+        outputs = plain = self.run_base(base, changed, **kwargs)
         for member in formed:
             outputs = member.shifted(outputs, training)
         if (before or formed) and any(m.needs_outputs for m in members):
-            plain = self._base()(inputs, **kwargs)
+            plain = self.run_base(self._base(), inputs, **kwargs)
         thin = [m for m in members if m.can_join(training)]
         if thin:
             pair = joined(m.pair_of_step(training) for m in thin)

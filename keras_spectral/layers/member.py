@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import assign_numbers
-from keras_spectral._backend import is_off
+from keras_spectral._backend import is_on
 from keras_spectral._internal.checks import check_adapter_name
 
 
@@ -64,7 +64,8 @@ class Member:
 
     def left_out(self, training=None) -> bool:
         """Whether a call can do without it: it is off, and does not train."""
-        if self.batch_rows is not None or not is_off(self.adapter_strength):
+        on = is_on(self.adapter_strength)
+        if self.batch_rows is not None or on is None or on:
             return False
         return not (training and self.trainable)
 

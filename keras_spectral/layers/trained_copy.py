@@ -118,12 +118,12 @@ class TrainedCopy(Host):
             kwargs["training"] = training
         mixed = [m for m in self._members if m.batch_rows is not None]
         if not mixed:
-            return self._running_as(self._values(), self._live())(
-                *args, **kwargs
-            )
-        outputs = self._running_as({}, None)(*args, **kwargs)
+            base = self._running_as(self._values(), self._live())
+            return self.run_base(base, *args, **kwargs)
+        outputs = self.run_base(self._running_as({}, None), *args, **kwargs)
         for member in mixed:
-            own = self._running_as(_copies(member), None)(*args, **kwargs)
+            base = self._running_as(_copies(member), None)
+            own = self.run_base(base, *args, **kwargs)
             outputs = keras.tree.map_structure(
                 member.where_chosen, own, outputs
             )
