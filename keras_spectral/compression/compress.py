@@ -11,7 +11,6 @@ from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.evaluate import batches
-from keras_spectral.compression import ranks
 from keras_spectral.compression.calibrated import check_calibration
 from keras_spectral.compression.calibrated import fits_of
 from keras_spectral.compression.choice import check_goal
@@ -22,16 +21,20 @@ from keras_spectral.compression.costs import with_costs
 from keras_spectral.compression.latency import Timer
 from keras_spectral.compression.losses import with_prices
 from keras_spectral.compression.pairs import fitted_pair
+from keras_spectral.compression.ranks import allocate
 from keras_spectral.compression.recovery import prepare_recovery
 from keras_spectral.compression.recovery import spare
 from keras_spectral.compression.report import CompressedLayer
 from keras_spectral.compression.report import CompressionReport
 from keras_spectral.compression.report import keep_report
+from keras_spectral.compression.rules import RULES
 from keras_spectral.compression.saved import copy_model
 from keras_spectral.compression.saved import ordered_layers
 from keras_spectral.compression.saved import plain_config
 from keras_spectral.compression.saved import put_low_rank
 from keras_spectral.compression.sequential import sequential_pairs
+from keras_spectral.compression.spectrum import LEAVE
+from keras_spectral.compression.spectrum import Spectrum
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.model.calibrate import Calibration
@@ -183,7 +186,7 @@ def compress_model(
     ... )
     """
     start = time.monotonic()
-    check_choice(method, "method", (None, *ranks.RULES))
+    check_choice(method, "method", (None, *RULES))
     check_choice(measure, "measure", tuple(UNITS))
     check_choice(recover, "recover", (None, "train", "lora"))
     check_rank(recover_rank, "recover_rank")
@@ -229,8 +232,8 @@ def compress_model(
     if budget is not None and measure == "weights":
         budget += sum(s.weights for s in spectra) - count_weights(model)
     if ratio is not None:
-        budget = (1 - ratio) * sum(s.cost(ranks.LEAVE) for s in spectra)
-    choices = ranks.allocate(spectra, method, budget, max_error, UNITS[measure])
+        budget = (1 - ratio) * sum(s.cost(LEAVE) for s in spectra)
+    choices = allocate(spectra, method, budget, max_error, UNITS[measure])
     spared = recover_rank if recover == "lora" else 0
     left = [spare(choice, spared) for choice in choices]
     plan = {
@@ -302,7 +305,7 @@ def _spectra(fits, limits, true_bound):
             view = fit.view
             values = {n: fit.spectrum(n) for n in limit}
             per_rank = {n: view.pair_weights(1, n) for n in limit}
-            spectrum = ranks.Spectrum(
+            spectrum = Spectrum(
                 values, view.num_weights, per_rank, true_bound, limits=limit
             )
             found.append(spectrum)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keras_spectral.compression.latency import Timer
-from keras_spectral.compression.ranks import Spectrum
+from keras_spectral.compression.spectrum import Spectrum
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels.spectra import LateProgress
 

@@ -15,7 +15,7 @@ from keras_spectral._backend import to_numpy
 from keras_spectral._backend import without_gradients
 from keras_spectral._internal.intercept import intercepted
 from keras_spectral.compression.fit import Fit
-from keras_spectral.compression.ranks import Spectrum
+from keras_spectral.compression.spectrum import Spectrum
 from keras_spectral.kernels import kernel_view
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.model.calibrate import padding_of

@@ -9,7 +9,7 @@ from keras import ops
 from keras_spectral._internal.linalg import block_diagonal
 from keras_spectral.compression.fit import Fit
 from keras_spectral.compression.fit import joined
-from keras_spectral.compression.ranks import Choice
+from keras_spectral.compression.spectrum import Choice
 from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view

@@ -4,7 +4,7 @@ import re
 
 import keras
 
-from keras_spectral.compression.ranks import Choice
+from keras_spectral.compression.spectrum import Choice
 from keras_spectral.kernels import LowRank
 from keras_spectral.model.kept import kept_places
 from keras_spectral.model.paths import places

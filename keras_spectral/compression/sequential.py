@@ -19,7 +19,7 @@ from keras_spectral._internal.intercept import intercepted
 from keras_spectral.compression.fit import Fit
 from keras_spectral.compression.pairs import Pair
 from keras_spectral.compression.pairs import fitted_pair
-from keras_spectral.compression.ranks import Choice
+from keras_spectral.compression.spectrum import Choice
 from keras_spectral.kernels.spectra import LateProgress
 from keras_spectral.layers.moments import Moments
 from keras_spectral.model.calibrate import counted_rows

@@ -12,12 +12,12 @@ from keras import ops
 
 import keras_spectral as ks
 from keras_spectral._internal.linalg import truncated_svd
-from keras_spectral.compression import ranks
 from keras_spectral.compression.pairs import low_rank_layer
+from keras_spectral.compression.rules import RULES
 from keras_spectral.kernels import kernel_view
 
 QUIET = rich.console.Console(quiet=True)
-METHODS = tuple(name for name in ranks.RULES if name != "sensitivity")
+METHODS = tuple(name for name in RULES if name != "sensitivity")
 # Grouped convolutions run but do not train on TensorFlow's CPU.
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 CASES = pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from keras_spectral.compression.fit import compensable
 from keras_spectral.compression.fit import joined
 from keras_spectral.compression.fit import part_rows
 from keras_spectral.compression.pairs import fitted_pair
-from keras_spectral.compression.ranks import Choice
+from keras_spectral.compression.spectrum import Choice
 from keras_spectral.kernels import kernel_view
 from keras_spectral.layers.moments import Moments
 

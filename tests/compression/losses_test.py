@@ -9,7 +9,7 @@ import keras_spectral as ks
 from keras_spectral.compression import losses
 from keras_spectral.compression.fit import Fit
 from keras_spectral.compression.losses import with_prices
-from keras_spectral.compression.ranks import Spectrum
+from keras_spectral.compression.spectrum import Spectrum
 from keras_spectral.kernels import kernel_view
 from keras_spectral.model.paths import places
 from keras_spectral.model.paths import subject

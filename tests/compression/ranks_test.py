@@ -4,13 +4,13 @@ import itertools
 import numpy as np
 import pytest
 
-from keras_spectral.compression.ranks import LEAVE
-from keras_spectral.compression.ranks import RULES
-from keras_spectral.compression.ranks import Choice
-from keras_spectral.compression.ranks import Spectrum
 from keras_spectral.compression.ranks import allocate
 from keras_spectral.compression.ranks import total_cost
 from keras_spectral.compression.ranks import worst_error
+from keras_spectral.compression.rules import RULES
+from keras_spectral.compression.spectrum import LEAVE
+from keras_spectral.compression.spectrum import Choice
+from keras_spectral.compression.spectrum import Spectrum
 
 pytestmark = pytest.mark.once
 
