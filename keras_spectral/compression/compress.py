@@ -86,10 +86,11 @@ def compress_model(
       from gradients of the outputs on the first 64 examples of
       `calibration`. Slices and times count as for ALDS.
 
-    By default it is `"alds"`. With `calibration` and without a `max_error` it
-    is `"sensitivity"` instead where most weights are in layers that cannot be
-    cut, or `"uniform"` if the calibration is one of `calibrate`: there ALDS
-    is `"global"`, which kept less of MiniLM's answers.
+    By default it is `"alds"`, and with data for `calibration` and without a
+    `max_error` `"sensitivity"`. If the calibration is one of `calibrate`,
+    which knows no gradients, it is `"uniform"` where most weights are in
+    layers that cannot be cut: there ALDS is `"global"`, which kept less of
+    MiniLM's answers.
 
     With `calibration`, a few hundred typical inputs, what is smallest at a
     rank is no longer the change of the kernel, `||K - A B||`, but that of the
@@ -165,11 +166,12 @@ def compress_model(
 
     Raises:
         ValueError: A bad option; a budget that cannot be met; a model of
-            open sizes that is to be timed; data that the model cannot run on
-            or that give NaN; nothing to compress; adapters or quantised
-            kernels in the model; a kernel that holds NaN or infinities, that
-            something else holds as well or that its layer does not use as its
-            class does; a model that is not built or that Keras cannot save.
+            open sizes that is to be timed; data that the model cannot run
+            on, that give NaN, or outputs without gradients; nothing to
+            compress; adapters or quantised kernels in the model; a kernel
+            that holds NaN or infinities, that something else holds as well
+            or that its layer does not use as its class does; a model that is
+            not built or that Keras cannot save.
 
     Example:
 
@@ -275,9 +277,11 @@ def compress_model(
 
 
 def _default_method(views, calibration, max_error):
-    if calibration is None or max_error is not None or _can_be_cut(views):
+    if calibration is None or max_error is not None:
         return "alds"
-    return "uniform" if isinstance(calibration, Calibration) else "sensitivity"
+    if not isinstance(calibration, Calibration):
+        return "sensitivity"
+    return "alds" if _can_be_cut(views) else "uniform"
 
 
 def _can_be_cut(views):

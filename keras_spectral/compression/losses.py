@@ -48,6 +48,9 @@ def with_prices(
         fits: What their pairs are fitted to.
         spectra: Theirs.
         data: Batches of inputs; the first 64 examples count.
+
+    Raises:
+        ValueError: The outputs have no gradients, or such as are not finite.
     """
     layers = [subject(place.layer) for place in chosen]
     views = {layer: kernel_view(layer) for layer in layers}
@@ -61,11 +64,24 @@ def with_prices(
             for layer, square in gradients.squares(batch, rng):
                 squares[layer] += square
             progress.advance(1)
+    _check(model, squares)
     found = []
     for layer, fit, spectrum in zip(layers, fits, spectra):
         rows = 1 if fit.moments is not None else fit.view.n_in  # of a table
         found.append(dataclasses.replace(spectrum, price=squares[layer] / rows))
     return found
+
+
+def _check(model, squares):
+    found = list(squares.values())
+    if np.isfinite(found).all() and max(found) > 0:
+        return
+    bad = "0 for all layers" if np.isfinite(found).all() else "not finite"
+    raise ValueError(
+        f"method='sensitivity': gradients of the outputs of model "
+        f"'{model.name}' are {bad}. Expected outputs of floats that depend "
+        "smoothly on what layers give; or use method='uniform'."
+    )
 
 
 class _Gradients:
@@ -84,6 +100,8 @@ class _Gradients:
         batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
         with without_gradients():
             outputs = self._run(batch, None if self.compute else self._note)
+        if not _floats(keras.tree.flatten(outputs)):
+            return
         if self.compute is None:
             variables = [delta for _, _, delta in self.deltas]
             self.compute = gradient_function(self._loss, variables)

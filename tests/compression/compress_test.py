@@ -381,7 +381,8 @@ def test_export_to_onnx(tmp_path):
     ("can_be_cut", "calibrated", "goal", "expected"),
     [
         (True, False, "ratio", "alds"),
-        (True, True, "ratio", "alds"),
+        (True, True, "ratio", "sensitivity"),
+        (True, "found", "ratio", "alds"),
         (False, False, "ratio", "alds"),
         (False, True, "ratio", "sensitivity"),
         (False, "found", "ratio", "uniform"),

@@ -119,3 +119,21 @@ def test_masked_tokens_and_whole_numbers_do_not_count(dtype):
         y = np.float64(ops.convert_to_numpy(ops.cast(y, "float32")))
         wanted = sum(8 / (part**2).sum() / 2 for part in np.split(y, 2))
         assert prices[name] == pytest.approx(wanted, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("end", "match"),
+    [
+        (lambda x: ops.argmax(x, axis=-1), "are 0 for all layers"),
+        (lambda x: ops.cast(ops.round(x), "float32"), "are 0 for all layers"),
+        (lambda x: x / 0.0, "are not finite"),
+    ],
+)
+def test_outputs_without_gradients_are_refused(end, match):
+    x = keras.Input((16,))
+    layers = [keras.layers.Dense(16, name=f"d{i}") for i in range(2)]
+    model = keras.Model(x, end(layers[1](layers[0](x))))
+    options = {"target": "all", "calibration": _normal(64, 16)}
+    with pytest.raises(ValueError, match=f"{match}.*method='uniform'"):
+        ks.compress_model(model, 0.6, **options)
+    ks.compress_model(model, 0.6, method="uniform", **options)
