@@ -30,7 +30,7 @@
 # - to teach a smaller model with `ks.distiller`, without labels;
 # - what bits cost beside that.
 #
-# You need SmolLM2 and the sentences that `make demo` fetches, 6 GB of memory,
+# You need SmolLM2 and the sentences that `make demo` fetches, 9 GB of memory,
 # and about twenty minutes on two CPU cores.
 
 # %%
@@ -114,10 +114,11 @@ measure("whole", whole, "whole")
 # ([compression](04_compression.ipynb) explains both); and of these those that
 # count least for what the *model* gives. The first two take the same share of
 # every kernel. For the third, `method="sensitivity"`, a pass backwards tells how
-# far a small change of any layer's output $z_l$ moves the model's output $y$: with $J_l = \partial y / \partial z_l$ and a random
-# direction $u$ the mean of $|J_l^T u|^2$ is the sum of the squares of $J_l$, and
-# that is the price of one square that the layer drops. **Guess** before you look:
-# what does each write without a tenth?
+# far a small change of a layer's output $z$ moves the model's output $y$: with
+# $J = \partial y / \partial z$ and a random direction $u$ the mean of
+# $|J^T u|^2$ is the sum of the squares of $J$, and that is the price of a square
+# that the layer drops. **Guess** before you look: what does each write without a
+# tenth?
 
 # %%
 inputs = {"token_ids": seen, "padding_mask": np.ones_like(seen)}
@@ -161,13 +162,14 @@ for kind in kinds:
 # more. Looking at the outputs on 8,192 tokens saves it: 187 in the place of five
 # million.
 #
-# But kernels are not alike. The model says that three of four should be left as
-# they are, and that the others have to spare: a query's kernel bears to lose
-# half. Perplexity is 93 where it was 87, and it still knows Paris. With 30 % less it knows
-# Paris and not much more; with half of the bytes, 63 % less, the sense is gone.
-# Its kernels were trained on trillions of words, and there is little in them
-# that no text uses. What MiniLM bore in [compression](04_compression.ipynb) was
-# for one easy question; this model has to know a bit of everything.
+# But kernels are not alike. By its gradients the model asks to leave three of
+# four as they are, and has some to spare in the others: of the queries 44 %, of
+# the values nothing. Perplexity is 93 where it was 87, and it still knows Paris.
+# With 30 % less it knows that and little more, and with half of the bytes, 63 %
+# less, the sense is gone. Its kernels were trained on trillions of words, and
+# there is not much in them that no text uses. What MiniLM bore in
+# [compression](04_compression.ipynb) was for one easy question; this model has
+# to know a bit of everything.
 #
 # ## Teach it
 #
@@ -191,7 +193,7 @@ ks.finalize_transfer(pupil)
 measure(("taught", HALF), pupil, f"{HALF:.0%} less, {STEPS} steps")
 
 # %% [markdown]
-# A hundred steps take perplexity from 1,485 to 488, with a few minutes of one
+# A hundred steps take perplexity from 849 to 330, with a few minutes of one
 # core and 25,600 tokens. More steps and more text help further; those who
 # prune language models train them again on billions of tokens. It still does
 # not know Paris: what the ranks held is gone, and editorials do not say it.
@@ -229,10 +231,10 @@ for bits in (16, 8, 4):
 # Rounding moves every weight a little, at random, and the errors of hundreds of
 # weights nearly cancel in an output. A rank that is cut is missing altogether.
 # So: **bits first**. What ranks are good for is what bits cannot do: fewer
-# operations. Look at the seconds above: with 8 and 4 bits the model takes two to
-# three times as long as whole, as a CPU unpacks numbers before it can multiply
-# them; half of the bytes by ranks takes three quarters of the time. And both
-# stack, with a LoRA on top ([adapters on integers](10_small_machines.ipynb)).
+# operations. Look at the seconds above: with 8 and 4 bits the model takes twice
+# as long as whole, as a CPU unpacks numbers before it can multiply them; half of
+# the bytes by ranks takes two thirds of the time. And both stack, with a LoRA on
+# top ([adapters on integers](10_small_machines.ipynb)).
 
 
 # %% tags=["plot"]
@@ -283,7 +285,7 @@ def draw():
     course.show(figure, "16_language_model")
 
 
-# %% tags=["picture"] alt="Perplexity over megabytes. Fewer bits are a flat green line: 87 whole at 538 MB, 87 at half, 89 at a quarter, 132 at a seventh, and all of them write Paris. Fewer ranks, chosen by outputs, are a grey line that rises steeply from 87 to 187, 399 and 1,485 at half of the bytes, and none writes Paris. A blue line leads from there down to 488, after lessons. A red triangle at 495 MB, cut by kernels, is off the axis at five million."
+# %% tags=["picture"] alt="Perplexity over megabytes. Fewer bits are a flat green line: 87 whole at 538 MB, 87 at half, 89 at a quarter, 132 at a seventh, and all of them write Paris. Fewer ranks, where the model spares them, are a grey line that rises from 87 to 93 without a tenth of the kernels, which still writes Paris, to 249 and to 849 at half of the bytes. An orange square at 495 MB, equal shares by outputs, is at 187 and writes Athens. A blue line leads from 849 down to 330, after lessons. A red triangle at 495 MB, cut by kernels, is off the axis at five million."
 draw()
 
 # %% [markdown]
