@@ -25,7 +25,7 @@ from keras_spectral.course.resnet import data_folder
 from keras_spectral.course.resnet import load_resnet
 from keras_spectral.course.resnet import read_images
 
-METHODS = ("uniform", "energy", "global", "alds", "alds-any")
+METHODS = ("uniform", "energy", "global", "alds", "alds-any", "sensitivity-any")
 MOST_SLICES = 64
 QUIET = Console(quiet=True)
 SHOW = Console(stderr=True)
@@ -51,7 +51,7 @@ def accuracy_of(model: keras.Model, test: tuple) -> float:
 
 
 def compressed(model: keras.Model, ratio: float, method: str, **options):
-    name, _, every = method.partition("-")
+    name, _, every = method.partition("-")  # any slices
     if every:
         options["max_slices"] = MOST_SLICES
     return ks.compress_model(model, ratio, method=name, **options)
@@ -66,13 +66,17 @@ def accuracy(args) -> None:
     emit(depth=args.depth, method="none", ratio=0.0, accuracy=whole)
     table = Table(title=f"ResNet{args.depth}, whole: {100 * whole:.2f} %")
     table.add_column("removed")
+    data = None
+    if args.calibration:
+        rows = np.arange(args.calibration)
+        data = read_images(folder, "train", rows)[0]
     for method in args.methods:
         table.add_column(method, justify="right")
     for ratio in track(args.ratios, "ratios", console=SHOW):
         cells = []
         for method in args.methods:
             start = time.perf_counter()
-            small = compressed(model, ratio, method)
+            small = compressed(model, ratio, method, calibration=data)
             seconds = time.perf_counter() - start
             report = ks.compression_report(small, QUIET)
             found = accuracy_of(small, test)
@@ -82,6 +86,7 @@ def accuracy(args) -> None:
                 depth=args.depth,
                 method=method,
                 ratio=ratio,
+                calibration=args.calibration,
                 accuracy=round(found, 4),
                 weights=after,
                 removed=round(1 - after / before, 4),
@@ -149,6 +154,10 @@ def times(args) -> None:
         **{
             f"{name}, calibrated": {"method": name, "calibration": data}
             for name in calibrated
+        },
+        "sensitivity, any slices": {
+            "method": "sensitivity-any",
+            "calibration": data,
         },
         "a fifth of the time": {"method": "energy", "measure": "latency"},
         **{name: {"method": name} for name in args.methods},
@@ -225,9 +234,10 @@ def main() -> None:
     add("what", choices=("accuracy", "recover", "times", "speed"))
     add("--data", help="folder that holds vision/ and weights/")
     add("--depth", type=int, choices=(20, 32, 56), default=20)
-    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--methods", nargs="+", choices=METHODS, default=METHODS[:-1])
     add("--ratios", nargs="+", type=float, help="shares to remove")
     add("--test-examples", type=int, default=10000)
+    add("--calibration", type=int, default=0, help="images to look at")
     add("--examples", type=int, default=50000, help="for training")
     add("--epochs", type=int, default=3)
     add("--batch", type=int, default=128)

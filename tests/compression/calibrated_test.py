@@ -252,7 +252,8 @@ def test_convolutions_and_saving(tmp_path):
         {"calibration": x},
         {"calibration": (x, np.zeros(64)), "sequential": True},
     ):
-        small = ks.compress_model(model, 0.5, exclude="head", **options)
+        options |= {"method": "uniform", "exclude": "head"}
+        small = ks.compress_model(model, 0.5, **options)
         errors.append(_error(model, small, x))
     assert errors[1] < 0.7 * errors[0] and errors[2] < errors[1]
     small.save(tmp_path / "small.keras")
@@ -378,6 +379,27 @@ def test_sensitivity_keeps_rank_where_outputs_hang_on_it():
         np.testing.assert_array_equal(old, new.numpy())
     other = ks.compress_model(model, method="uniform", **options)
     assert _error(model, small) < 0.7 * _error(model, other)
+
+
+def test_sensitivity_slices_convolutions_and_loses_least():
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 4)),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.Conv2D(16, 3, strides=2),
+            layers.Conv2D(8, 1),
+        ]
+    )
+    x = np.float32(RNG.normal(size=(64, 8, 8, 4)))
+    options = {"ratio": 0.5, "calibration": x, "max_slices": 16}
+    small = ks.compress_model(model, **options)
+    least = _error(model, small, x)
+    assert any(row.slices > 1 for row in _report(small))
+    for method in ("uniform", "energy", "global", "alds"):
+        other = ks.compress_model(model, method=method, **options)
+        assert least < _error(model, other, x)
 
 
 class _NaN(keras.layers.Layer):
