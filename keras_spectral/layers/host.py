@@ -81,11 +81,9 @@ class Host(keras.layers.Wrapper):
         That is for PyTorch, where it costs a small layer as much as its
         product does. Keras has done the same around the host's own call.
         """
-        policy = base._dtype_policy
-        quantized = isinstance(
-            policy, keras.dtype_policies.QuantizedDTypePolicy
-        )
-        same = policy is self.layer._dtype_policy and not quantized
+        policy = base.dtype_policy
+        same = policy is self.layer.dtype_policy
+        same = same and policy.quantization_mode is None
         if self._is_plain and same and base._remat_mode is None:
             return base.call(*args, **kwargs)
         return base(*args, **kwargs)

@@ -12,8 +12,10 @@ from keras import ops
 
 import keras_spectral as ks
 from keras_spectral._internal.linalg import truncated_svd
+from keras_spectral.compression import compress
 from keras_spectral.compression.pairs import low_rank_layer
 from keras_spectral.compression.rules import RULES
+from keras_spectral.compression.saved import put_low_rank
 from keras_spectral.kernels import kernel_view
 
 QUIET = rich.console.Console(quiet=True)
@@ -312,6 +314,29 @@ def test_budget_counts_the_whole_model_and_ends_are_kept():
     assert 0.75 * budget < small.count_params() <= budget
     assert isinstance(small.get_layer("first"), keras.layers.Conv2D)
     assert isinstance(small.get_layer("head"), keras.layers.Dense)
+
+
+def test_a_copy_has_numbers_of_its_own_and_only_once(monkeypatch):
+    """JAX gives buffers away in training; kernels are freed as pairs come."""
+    found = []
+
+    def put(model, swaps, config):
+        found.extend(layer.kernel for layer in swaps)
+        put_low_rank(model, swaps, config)
+
+    monkeypatch.setattr(compress, "put_low_rank", put)
+    model = _image_model()
+    small = ks.compress_model(model, 0.5, method="uniform", keep_ends=True)
+    for name in ("first", "head"):
+        for old, new in zip(
+            model.get_layer(name).weights, small.get_layer(name).weights
+        ):
+            assert old.value is not new.value
+            np.testing.assert_array_equal(old.numpy(), new.numpy())
+    assert found
+    for kernel in found:
+        value = kernel._value
+        assert value is None or value.numel() == 0
 
 
 def test_frozen_layers_stay_frozen():

@@ -233,3 +233,18 @@ def test_which_biases_can_make_up_for_means():
     shared = keras.layers.EinsumDense("abc,cde->abde", (3, 2, 4), bias_axes="e")
     shared(np.ones((2, 3, 6)))
     assert not compensable(kernel_view(shared))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_precision_of_singular_values(dtype):
+    """Kernels of half precision have no more digits than float32 keeps."""
+    keras.utils.set_random_seed(0)
+    layer = keras.layers.Dense(24, dtype=dtype)
+    layer.build((None, 40))
+    fit = Fit(kernel_view(layer))
+    wanted = np.linalg.svd(np.float64(fit.kernel()), compute_uv=False)
+    got = fit.spectrum()
+    assert got.dtype == ("float64" if dtype == "float32" else "float32")
+    np.testing.assert_allclose(got[0], wanted, rtol=1e-5)
+    a, b = fit.pair(24)
+    np.testing.assert_allclose((a @ b)[0], fit.kernel(), atol=1e-5)

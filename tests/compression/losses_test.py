@@ -57,6 +57,13 @@ def test_the_price_is_the_mean_square_of_the_jacobian(monkeypatch):
         assert price == pytest.approx(share * wanted[name], rel=0.05)
 
 
+def test_a_few_examples_at_a_time():
+    batches = [({"x": np.ones((30, 2))}, None, None)] * 4
+    found = [len(x["x"]) for x in losses._few(batches)]
+    assert found[:4] == [8, 8, 8, 6] and max(found) == 8
+    assert 50 <= sum(found) <= 70
+
+
 def test_prices_foretell_what_truncation_costs():
     """A transposed convolution, a grouped one, a table; calls by twos."""
     keras.utils.set_random_seed(0)
