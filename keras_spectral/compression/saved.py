@@ -55,9 +55,13 @@ def _copy_state(model, copy):
     assets = saving_lib.DiskIOStore("assets", mode="w")
     try:
         saving_lib._save_state(model, weights, assets, "", set())
-        saving_lib._load_state(copy, weights, assets, "", False, set())
+        failed, errors = set(), {}
+        known = False, set(), failed, errors
+        saving_lib._load_state(copy, weights, assets, "", *known)
     finally:
         assets.close()
+    if failed:
+        saving_lib._raise_loading_failure(errors)
 
 
 class _Handed(saving_lib.NpzIOStore):
