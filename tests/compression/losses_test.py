@@ -114,7 +114,7 @@ def test_masked_tokens_and_whole_numbers_do_not_count(dtype):
     apart = keras.layers.Dense(3, name="apart", dtype=dtype)(rows)
     model = keras.Model(
         {"x": x, "padding_mask": mask},
-        {"a": seen, "b": apart, "c": ops.argmax(seen, axis=-1)},
+        {"a": seen, "b": apart, "c": mask + ops.argmax(seen, axis=-1)},
     )
     data = {"x": _normal(16, 4, 6), "padding_mask": np.zeros((16, 4), "int32")}
     data["padding_mask"][:, 0] = 1
