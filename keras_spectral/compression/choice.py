@@ -1,11 +1,16 @@
-"""Checks of what `compress_model` is asked for: goal and layers."""
+"""What `compress_model` is asked for: goal, layers and method."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
 from keras_spectral._internal.checks import check_number
 from keras_spectral._internal.checks import check_rank
+from keras_spectral.kernels import KernelView
 from keras_spectral.kernels import LowRank
 from keras_spectral.kernels import kernel_view
+from keras_spectral.model.calibrate import Calibration
 from keras_spectral.model.hosts import require_plain
 from keras_spectral.model.paths import Place
 from keras_spectral.model.paths import describe
@@ -43,6 +48,20 @@ def check_goal(
         raise ValueError(
             f"Received {name}={value!r}. Expected a number above 0 and below 1."
         )
+
+
+def default_method(
+    views: Sequence[KernelView], calibration: Any, max_error: float | None
+) -> str:
+    """How ranks are chosen where nobody says it, see `compress_model`."""
+    if calibration is None or max_error is not None:
+        return "alds"
+    if not isinstance(calibration, Calibration):
+        return "sensitivity"
+    weights = {True: 0, False: 0}  # of layers that can be cut into slices
+    for view in views:
+        weights[len(view.slicings()) > 1] += view.num_weights
+    return "alds" if weights[True] > weights[False] else "uniform"
 
 
 def chosen_places(

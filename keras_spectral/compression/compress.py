@@ -15,6 +15,7 @@ from keras_spectral.compression.calibrated import check_calibration
 from keras_spectral.compression.calibrated import fits_of
 from keras_spectral.compression.choice import check_goal
 from keras_spectral.compression.choice import chosen_places
+from keras_spectral.compression.choice import default_method
 from keras_spectral.compression.costs import UNITS
 from keras_spectral.compression.costs import fast_slicings
 from keras_spectral.compression.costs import with_costs
@@ -212,7 +213,7 @@ def compress_model(
     copies = dict(zip(map(id, ordered_layers(model)), ordered_layers(small)))
     views = [kernel_view(place.layer) for place in chosen]
     if method is None:
-        method = _default_method(views, calibration, max_error)
+        method = default_method(views, calibration, max_error)
     data = calibration
     if calibration is not None and not isinstance(calibration, Calibration):
         data = batches(calibration, batch_size)
@@ -274,22 +275,6 @@ def compress_model(
     )
     keep_report(small, report)
     return small
-
-
-def _default_method(views, calibration, max_error):
-    if calibration is None or max_error is not None:
-        return "alds"
-    if not isinstance(calibration, Calibration):
-        return "sensitivity"
-    return "alds" if _can_be_cut(views) else "uniform"
-
-
-def _can_be_cut(views):
-    """Whether most of the weights are in layers of several `slicings`."""
-    weights = {True: 0, False: 0}
-    for view in views:
-        weights[len(view.slicings()) > 1] += view.num_weights
-    return weights[True] > weights[False]
 
 
 def _slicings(view, method, measure, most, timer):

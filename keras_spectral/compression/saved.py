@@ -1,13 +1,10 @@
 """Copies of models, and how models with exchanged layers are saved."""
 
-import json
 from collections.abc import Iterable
 
 import keras
-from keras import ops
-from keras.src.saving import saving_lib
-from keras.src.saving.serialization_lib import ObjectSharingScope
 
+from keras_spectral._internal.copies import copied
 from keras_spectral._internal.snapshot import all_or_nothing
 from keras_spectral.kernels import LowRank
 from keras_spectral.model import surgery
@@ -21,24 +18,12 @@ _PACKAGE, _NAME = "keras_spectral", "CompressedModel"
 def copy_model(model: keras.Model) -> keras.Model:
     """An equal model with weights of its own, by what a file would hold.
 
-    Weights go from layer to layer, so that no more than one of them is held
-    beside the two models.
-
     Raises:
         ValueError: Keras cannot restore the model from a file.
     """
     kinds = {type(place.layer) for place in places(model)} | {type(model)}
-    known = {kind.__name__: kind for kind in kinds}
     try:
-        with ObjectSharingScope():
-            config = keras.saving.serialize_keras_object(model)
-        config = json.loads(json.dumps(config))
-        config.pop("compile_config", None)
-        with ObjectSharingScope():
-            copy = keras.saving.deserialize_keras_object(
-                config, known, safe_mode=False
-            )
-        _copy_state(model, copy)
+        return copied(model, {kind.__name__: kind for kind in kinds})
     except Exception as error:
         raise ValueError(
             f"Keras cannot restore model '{model.name}' "
@@ -46,41 +31,6 @@ def copy_model(model: keras.Model) -> keras.Model:
             "Expected one that `model.save` and `load_model` can handle; "
             "a class of your own needs `get_config`."
         ) from error
-    return copy
-
-
-def _copy_state(model, copy):
-    """Hands weights and assets over, as saving and loading do."""
-    weights = _Handed()
-    assets = saving_lib.DiskIOStore("assets", mode="w")
-    try:
-        saving_lib._save_state(model, weights, assets, "", set())
-        failed, errors = set(), {}
-        known = False, set(), failed, errors
-        saving_lib._load_state(copy, weights, assets, "", *known)
-    finally:
-        assets.close()
-    if failed:
-        saving_lib._raise_loading_failure(errors)
-
-
-class _Handed(saving_lib.NpzIOStore):
-    """In the place of a file: what layers save, by their paths."""
-
-    def __init__(self):
-        self.contents = {}
-
-    def make(self, path, metadata=None):
-        return self.contents.setdefault(path, {})
-
-    def get(self, path):
-        entry = self.contents.get(path, {})
-        return {name: _own(value) for name, value in entry.items()}
-
-
-def _own(value):
-    """A value that no variable holds: JAX gives buffers away in training."""
-    return ops.copy(value) if isinstance(value, keras.Variable) else value
 
 
 def ordered_layers(model: keras.Model) -> list[keras.layers.Layer]:

@@ -109,6 +109,16 @@ def test_time_is_the_budget(clock, method):
     assert ks.compression_report(asked, QUIET).milliseconds[1] <= 3
 
 
+def _time_by_name(monkeypatch, milliseconds):
+    """Times of layers of one shape are kept apart."""
+    monkeypatch.setattr(latency, "milliseconds", milliseconds)
+    monkeypatch.setattr(
+        latency,
+        "_key",
+        lambda view, shape, *pair: f"{view.layer.name} {shape} {pair}",
+    )
+
+
 def test_layers_that_no_pair_makes_faster_stay(clock, monkeypatch):
     slow = latency.milliseconds
 
@@ -116,12 +126,7 @@ def test_layers_that_no_pair_makes_faster_stay(clock, monkeypatch):
         pair = isinstance(layer, LowRank) and layer.name == "two"
         return 100.0 if pair else slow(layer, shape)
 
-    monkeypatch.setattr(latency, "milliseconds", milliseconds)
-    monkeypatch.setattr(
-        latency,
-        "_key",
-        lambda view, shape, *pair: f"{view.layer.name} {shape} {pair}",
-    )
+    _time_by_name(monkeypatch, milliseconds)
     for measure, ratio in (("latency", 0.3), ("weights", 0.6)):
         small = ks.compress_model(_model(), ratio, measure=measure)
         assert not isinstance(small.get_layer("two"), LowRank)
@@ -143,12 +148,7 @@ def test_a_layer_that_seemed_slow_is_judged_again(clock, monkeypatch):
         slow = layer.name == "two" and wholes.count("two") < 3
         return 50.0 if slow else formula(layer, shape)
 
-    monkeypatch.setattr(latency, "milliseconds", milliseconds)
-    monkeypatch.setattr(
-        latency,
-        "_key",
-        lambda view, shape, *pair: f"{view.layer.name} {shape} {pair}",
-    )
+    _time_by_name(monkeypatch, milliseconds)
     small = ks.compress_model(_model(), 0.045, target=["two", "head"])
     assert wholes.count("two") >= 3
     assert not isinstance(small.get_layer("two"), LowRank)
