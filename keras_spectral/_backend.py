@@ -347,11 +347,20 @@ def symmetric_eigen(
 
 
 def release(variable: keras.Variable) -> None:
-    """Frees the memory of a variable that nobody reads again."""
+    """Frees the memory of a variable that nobody reads until `refill`."""
     if keras.backend.backend() == "torch":
         variable.value.data = variable.value.data.new_empty(0)
     else:
         variable._value = None
+
+
+def refill(variable: keras.Variable, other: keras.Variable) -> None:
+    """Gives a released variable the numbers of another one."""
+    value = keras.ops.copy(other)
+    if keras.backend.backend() == "torch":
+        variable.value.data = value.detach()
+    else:
+        variable._initialize(value)
 
 
 def solve_positive(matrix, right):

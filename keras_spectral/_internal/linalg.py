@@ -120,12 +120,24 @@ def singular_values(
         matrix: K (..., n_in, n_out).
         precision: `"float64"` or `"float32"`.
     """
-    product = _smaller_product(matrix.astype(precision))
-    values, _ = symmetric_eigen(product, vectors=False)
-    return np.sqrt(np.maximum(values[..., ::-1], 0))
+    return _short_side(matrix, precision, vectors=False)[0]
 
 
-def right_vectors(matrix: np.ndarray, rank: int) -> np.ndarray:
+def short_side(
+    matrix: np.ndarray, precision: str = "float64"
+) -> tuple[np.ndarray, np.ndarray]:
+    """All `singular_values` and the singular vectors of the smaller side.
+
+    Returns:
+        (..., m), descending, and (..., m, m) with m the smaller of n_in and
+        n_out: vectors of the right side unless n_in is the smaller one.
+    """
+    return _short_side(matrix, precision, vectors=True)
+
+
+def right_vectors(
+    matrix: np.ndarray, rank: int, known: np.ndarray | None = None
+) -> np.ndarray:
     """The first right singular vectors of a numpy matrix, in float64.
 
     In the order of descending values, and by the same way as
@@ -135,12 +147,14 @@ def right_vectors(matrix: np.ndarray, rank: int) -> np.ndarray:
     Args:
         matrix: K (..., n_in, n_out).
         rank: How many, at most min(n_in, n_out).
+        known: The vectors of `short_side`, which then are not computed.
 
     Returns:
         (..., n_out, rank).
     """
     matrix = np.float64(matrix)
-    vectors = _leading_vectors(matrix, rank)
+    vectors = short_side(matrix)[1] if known is None else known
+    vectors = np.float64(vectors[..., :rank])
     if matrix.shape[-1] <= matrix.shape[-2]:
         return vectors
     images = np.swapaxes(matrix, -1, -2) @ vectors
@@ -169,26 +183,35 @@ def pair_along(matrix: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def leading_pair(
-    matrix: np.ndarray, rank: int, precision: str = "float64"
+    matrix: np.ndarray,
+    rank: int,
+    precision: str = "float64",
+    known: np.ndarray | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """`nearest_pair` of a numpy matrix, by the way of `singular_values`."""
-    v = _leading_vectors(matrix.astype(precision), rank).astype(matrix.dtype)
+    """`nearest_pair` of a numpy matrix, by the way of `singular_values`.
+
+    Args:
+        matrix: K (..., n_in, n_out).
+        rank: At most min(n_in, n_out).
+        precision: `"float64"` or `"float32"`.
+        known: The vectors of `short_side`, which then are not computed.
+    """
+    vectors = short_side(matrix, precision)[1] if known is None else known
+    v = vectors[..., :rank].astype(matrix.dtype)
     if matrix.shape[-1] <= matrix.shape[-2]:
         return pair_along(matrix, v)
     b, a = pair_along(np.swapaxes(matrix, -1, -2), v)
     return np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
 
 
-def _leading_vectors(matrix, rank):
-    """Singular vectors on the smaller side."""
-    _, vectors = symmetric_eigen(_smaller_product(matrix), vectors=True)
-    return vectors[..., : -rank - 1 : -1]
-
-
-def _smaller_product(matrix):
+def _short_side(matrix, precision, vectors):
+    matrix = matrix.astype(precision, copy=False)
     turned = np.swapaxes(matrix, -1, -2)
     n_in, n_out = matrix.shape[-2:]
-    return matrix @ turned if n_in < n_out else turned @ matrix
+    product = matrix @ turned if n_in < n_out else turned @ matrix
+    squares, found = symmetric_eigen(product, vectors)
+    values = np.sqrt(np.maximum(squares[..., ::-1], 0))
+    return values, found[..., ::-1] if vectors else None
 
 
 def all_finite(matrix):
@@ -205,6 +228,8 @@ def all_finite(matrix):
 def block_diagonal(blocks):
     """A numpy matrix with blocks (parts, rows, columns) on its diagonal."""
     parts, rows, columns = blocks.shape
+    if parts == 1:
+        return blocks[0]
     matrix = np.einsum(
         "prc,pq->prqc", blocks, np.eye(parts, dtype=blocks.dtype)
     )

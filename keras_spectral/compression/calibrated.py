@@ -43,7 +43,7 @@ def check_calibration(calibration: Any, method: str, sequential: bool) -> None:
 def fits_of(
     model: keras.Model,
     chosen: Sequence[Place],
-    views: Sequence[KernelView],
+    views: Sequence[tuple[KernelView, KernelView]],
     calibration: Calibration | Iterable[tuple] | None,
     compensate_bias: bool,
 ) -> list[Fit]:
@@ -52,7 +52,7 @@ def fits_of(
     Args:
         model: The model as it was.
         chosen: Places in it.
-        views: Views of the layers there in a copy of it.
+        views: Those of the layers there, and of their copies in a new model.
         calibration: Moments of inputs, or batches.
         compensate_bias: Whether biases make up for means.
 
@@ -61,21 +61,21 @@ def fits_of(
             or that are those of other layers.
     """
     if calibration is None:
-        return [Fit(view) for view in views]
+        return [Fit(view, source=source) for source, view in views]
     seen = [
         p for p in chosen if not isinstance(p.layer, keras.layers.Embedding)
     ]
     if not isinstance(calibration, Calibration):
         calibration = _calibrated(model, seen, calibration)
     fits = []
-    for place, view in zip(chosen, views):
+    for place, (source, view) in zip(chosen, views):
         if place not in seen:
-            fits.append(Fit(view))
+            fits.append(Fit(view, source=source))
             continue
         moments = moments_at(calibration, place.path)
         _check_moments(moments, place, view)
         centred = compensate_bias and compensable(view)
-        fits.append(Fit(view, moments, centred=centred))
+        fits.append(Fit(view, moments, centred=centred, source=source))
     _warn_of_few_rows([fit for fit in fits if fit.moments is not None])
     return fits
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_spectral._backend import refill
 from keras_spectral._backend import release
 from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_flag
@@ -220,7 +221,10 @@ def compress_model(
         if sequential or method == "sensitivity":
             data = list(data)
     own = [kernel_view(copies[id(place.layer)]) for place in chosen]
-    fits = fits_of(model, chosen, own, data, compensate_bias)
+    both = list(zip(views, own))
+    fits = fits_of(model, chosen, both, data, compensate_bias)
+    if not sequential:  # which runs the copy
+        _release(fits)
     timer = Timer(batch_size, unknown_size, latencies)
     for _ in range(2):  # by all times: a layer may be faster than it seemed
         limits = [
@@ -228,7 +232,7 @@ def compress_model(
             for view in views
         ]
     true_bound = true_bound or max_error is not None
-    spectra = _spectra(fits, limits, true_bound)
+    spectra = _spectra(fits, limits, true_bound, keep=not sequential)
     if method == "sensitivity":
         spectra = with_prices(model, chosen, fits, spectra, data)
     spectra = with_costs(spectra, views, measure, timer)
@@ -247,6 +251,7 @@ def compress_model(
     if sequential:
         pairs = sequential_pairs(small, plan, data)
     else:
+        _refill([fit for fit in fits if fit.view.layer not in plan])
         pairs = _pairs(plan)
     swaps = {layer: pair.layer for layer, pair in pairs.items()}
     put_low_rank(small, swaps, plain_config(small, swaps))
@@ -287,12 +292,29 @@ def _slicings(view, method, measure, most, timer):
     return {n: None for n in known if most is None or n <= most}
 
 
-def _spectra(fits, limits, true_bound):
+def _release(fits):
+    """Frees the kernels of a copy until it is known which of them stay."""
+    for fit in fits:
+        if fit.view.kernel_name is not None:  # it is no product of two
+            release(fit.view.variable())
+
+
+def _refill(fits):
+    """Brings kernels back that stay whole."""
+    for fit in fits:
+        fit.forget()
+        if fit.view.kernel_name is not None:
+            refill(fit.view.variable(), fit.source.variable())
+
+
+def _spectra(fits, limits, true_bound, keep):
     found = []
     with LateProgress("singular values", len(fits)) as progress:
         for fit, limit in zip(fits, limits):
             view = fit.view
-            values = {n: fit.spectrum(n) for n in limit}
+            # Of several slicings that would be too much to keep.
+            keep_it = keep and len(limit) == 1
+            values = {n: fit.spectrum(n, keep_it) for n in limit}
             per_rank = {n: view.pair_weights(1, n) for n in limit}
             spectrum = Spectrum(
                 values, view.num_weights, per_rank, true_bound, limits=limit
@@ -303,14 +325,11 @@ def _spectra(fits, limits, true_bound):
 
 
 def _pairs(plan):
-    """The pairs of a copy's layers, whose own kernels are gone afterwards."""
     pairs = {}
     with LateProgress("factorising kernels", len(plan)) as progress:
-        for layer, entry in plan.items():
-            pairs[layer] = fitted_pair(*entry)
-            view = entry[0].view
-            if view.kernel_name is not None:  # it is no product of two
-                release(view.variable())
+        for layer, (fit, choice) in plan.items():
+            pairs[layer] = fitted_pair(fit, choice)
+            fit.forget()
             progress.advance(1)
     return pairs
 

@@ -9,6 +9,7 @@ from keras_spectral._internal.linalg import block_diagonal
 from keras_spectral._internal.linalg import leading_pair
 from keras_spectral._internal.linalg import pair_along
 from keras_spectral._internal.linalg import right_vectors
+from keras_spectral._internal.linalg import short_side
 from keras_spectral._internal.linalg import singular_values
 from keras_spectral.kernels import KernelView
 from keras_spectral.layers.moments import Moments
@@ -34,12 +35,13 @@ class Fit:
     more than to regress `X K` or `X' K` does.
 
     Attributes:
-        view: The view of the layer.
+        view: The view of the layer that gets the pair.
         moments: Of the inputs X' that the pair gets; None for `min |K - A B|`.
         original: Of the inputs X that the layer gets in the whole model,
             where they are others.
         cross: `X'^T X / count` of both (n_in, n_in), or its diagonal.
         centred: Whether the pair's bias makes up for the means.
+        source: The view whose kernel is K, if it is not `view`.
     """
 
     view: KernelView
@@ -47,10 +49,14 @@ class Fit:
     original: Moments | None = None
     cross: np.ndarray | None = None
     centred: bool = False
+    source: KernelView | None = None
+    _known: dict[int, np.ndarray] = dataclasses.field(
+        default_factory=dict, init=False
+    )
 
     def kernel(self) -> np.ndarray:
         """K as a matrix."""
-        return ops.convert_to_numpy(self.view.matrix())
+        return ops.convert_to_numpy(self._matrix())
 
     def target(self) -> np.ndarray:
         """K*, which is K where X and X' are the same."""
@@ -72,29 +78,47 @@ class Fit:
             found.append(np.linalg.solve(_block(second, own) + damped, wanted))
         return block_diagonal(np.stack(found)).astype(kernel.dtype)
 
-    def whitened(self, slices: int = 1, target: np.ndarray | None = None):
-        """`L^T K*` of each part that is factored apart, in numpy."""
-        target = self.target() if target is None else target
-        parts = self.view.parts(ops.convert_to_tensor(target), slices)
-        parts = ops.convert_to_numpy(parts)
+    def whitened(self, slices: int = 1, parts: np.ndarray | None = None):
+        """`L^T K*` of each part that is factored apart, in numpy.
+
+        Args:
+            slices: How many slices of the inputs there are.
+            parts: The parts of K*, if they are known.
+        """
+        parts = self._parts(slices) if parts is None else parts
         if self.moments is None:
             return parts
         pairs = zip(self._roots(slices), parts)
         return np.stack([_times(root, part) for root, part in pairs])
 
-    def spectrum(self, slices: int = 1) -> np.ndarray:
-        """The singular values of `whitened`."""
-        return singular_values(self.whitened(slices), self._precision())
+    def spectrum(self, slices: int = 1, keep: bool = False) -> np.ndarray:
+        """The singular values of `whitened`.
+
+        Args:
+            slices: How many slices of the inputs there are.
+            keep: Whether to keep vectors for `pair`, in the kernel's own
+                precision: that takes as long as to find them then, and the
+                values cost nothing.
+        """
+        whitened = self.whitened(slices)
+        if not keep:
+            return singular_values(whitened, self._precision())
+        values, vectors = short_side(whitened, self._precision())
+        kind = "float16" if self._is_half() else whitened.dtype
+        self._known[slices] = vectors.astype(kind)
+        return values
+
+    def forget(self) -> None:
+        """Frees the vectors that `spectrum` kept."""
+        self._known.clear()
 
     def pair(self, rank: int, slices: int = 1) -> tuple[np.ndarray, ...]:
         """A (parts, rows, rank) and B (parts, rank, columns)."""
-        target = self.target()
-        parts = self.view.parts(ops.convert_to_tensor(target), slices)
-        parts = ops.convert_to_numpy(parts)
+        parts, known = self._parts(slices), self._known.get(slices)
         if self.moments is None:
-            return leading_pair(parts, rank, self._precision())
-        v = right_vectors(self.whitened(slices, target), rank)
-        return pair_along(parts, v.astype(target.dtype))
+            return leading_pair(parts, rank, self._precision(), known)
+        v = right_vectors(self.whitened(slices, parts), rank, known)
+        return pair_along(parts, v.astype(parts.dtype))
 
     def bias(self, matrix: np.ndarray):
         """The bias beside a kernel A B, in the layer's own shape.
@@ -122,10 +146,24 @@ class Fit:
         lost = total - 2 * _inner(matrix, self._cross(), kernel)
         return _ratio(lost + _inner(matrix, second, matrix), total)
 
+    def _matrix(self):
+        return (self.source or self.view).matrix()
+
+    def _parts(self, slices):
+        """The parts of K* that are factored apart, in numpy."""
+        if self.cross is None:
+            matrix = self._matrix()
+        else:
+            matrix = ops.convert_to_tensor(self.target())
+        return ops.convert_to_numpy(self.view.parts(matrix, slices))
+
     def _precision(self):
         """Kernels of half precision alone need no more than float32."""
-        half = "16" in self.view.layer.variable_dtype
-        return "float32" if half and self.moments is None else "float64"
+        alone = self.moments is None
+        return "float32" if self._is_half() and alone else "float64"
+
+    def _is_half(self):
+        return "16" in self.view.layer.variable_dtype
 
     def _second(self, moments=None):
         """The second moments in float64, less means where a bias has them."""

@@ -339,6 +339,24 @@ def test_a_copy_has_numbers_of_its_own_and_only_once(monkeypatch):
         assert value is None or value.numel() == 0
 
 
+def test_chosen_layers_that_stay_whole_have_their_kernels():
+    """Kernels of a copy are gone while ranks are chosen."""
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16)])
+    model.add(keras.layers.Dense(1, name="whole"))
+    old, x = model.get_layer("whole"), np.ones((4, 16))
+    before = old.kernel.numpy()
+    small = ks.compress_model(model, 0.4)
+    report = ks.compression_report(small, QUIET)
+    rows = {row.path: row for row in report.layers}
+    assert rows["whole"].rank is None
+    new = small.get_layer("whole")
+    np.testing.assert_array_equal(before, new.kernel.numpy())
+    small.compile("sgd", "mse")
+    small.fit(x, np.ones((4, 1)), verbose=0)
+    assert not np.array_equal(before, new.kernel.numpy())
+    np.testing.assert_array_equal(before, old.kernel.numpy())
+
+
 def test_frozen_layers_stay_frozen():
     model = _image_model()
     model.get_layer("twin").trainable = False

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_spectral._internal import linalg
 from keras_spectral.compression import fit as fits
 from keras_spectral.compression.fit import Fit
 from keras_spectral.compression.fit import compensable
@@ -248,3 +249,26 @@ def test_the_precision_of_singular_values(dtype):
     np.testing.assert_allclose(got[0], wanted, rtol=1e-5)
     a, b = fit.pair(24)
     np.testing.assert_allclose((a @ b)[0], fit.kernel(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.parametrize("seen", [False, True])
+def test_vectors_that_are_kept(monkeypatch, dtype, shape, seen):
+    """A pair of kept vectors is the same, without another decomposition."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    layer = keras.layers.Dense(shape[1], dtype=dtype)
+    layer.build((None, shape[0]))
+    moments = _moments(rng.normal(size=(100, shape[0]))) if seen else None
+    fit = Fit(kernel_view(layer), moments)
+    wanted = np.matmul(*fit.pair(5))
+    values = fit.spectrum(keep=True)
+    np.testing.assert_allclose(values, fit.spectrum(), rtol=1e-4, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(linalg, "symmetric_eigen", None)
+        pair = fit.pair(5)
+    off = 1e-5 if dtype == "float32" else 1e-3
+    np.testing.assert_allclose(np.matmul(*pair), wanted, atol=off)
+    fit.forget()
+    np.testing.assert_allclose(np.matmul(*fit.pair(5)), wanted, atol=1e-6)
