@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_spectral._backend import thin_product
 from keras_spectral.layers.adapter import AdapterLayer
 
 Weights = tuple[keras.Variable, keras.Variable]
@@ -23,7 +24,7 @@ def dense_weights(
 
 def dense(inputs, kernel, bias):
     """`inputs kernel + bias` in the inputs' dtype."""
-    outputs = ops.matmul(inputs, ops.cast(kernel, inputs.dtype))
+    outputs = thin_product(inputs, ops.cast(kernel, inputs.dtype))
     return outputs + ops.cast(bias, inputs.dtype)
 
 

@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._backend import thin_product
 from keras_spectral.kernels.grouped import GroupedConv1D
 from keras_spectral.kernels.grouped import GroupedConv2D
 from keras_spectral.kernels.grouped import GroupedConv3D
@@ -50,7 +51,7 @@ class ConvView(KernelView):
 
     def up(self, codes, b):
         if self.groups == 1:
-            return self._channels_back(ops.matmul(codes, b))
+            return self._channels_back(thin_product(codes, b))
         b = ops.reshape(b, (b.shape[0], self.groups, -1))
         outputs = ops.einsum("...gr,rgo->...go", codes, b)
         shape = (*ops.shape(outputs)[:-2], self.n_out)
@@ -260,7 +261,7 @@ class ConvTransposeView(ConvView):
 
     def down(self, inputs, a):
         if self.layer.data_format == "channels_last":
-            return ops.matmul(inputs, a)
+            return thin_product(inputs, a)
         return ops.einsum("bc...,cr->b...r", inputs, a)
 
     def up(self, codes, b):

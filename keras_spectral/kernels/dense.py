@@ -7,6 +7,8 @@ import keras
 from keras import ops
 
 from keras_spectral._backend import multiply_add
+from keras_spectral._backend import thin_factor
+from keras_spectral._backend import thin_product
 from keras_spectral.kernels.view import KernelView
 
 
@@ -21,10 +23,10 @@ class DenseView(KernelView):
         return total
 
     def down(self, inputs, a):
-        return ops.matmul(inputs, a)
+        return thin_product(inputs, a)
 
     def up(self, codes, b):
-        return ops.matmul(codes, b)
+        return thin_product(codes, b)
 
     def thin_layers(self, rank, slices=1):
         options = self._options("units", "use_bias") | self._output_options()
@@ -49,22 +51,34 @@ class EinsumDenseView(KernelView):
     """
 
     def down(self, inputs, a):
+        source, target, rows, columns = self._letters
+        kept = _without(source, rows)
+        if source.endswith(rows) and kept == _without(target, columns):
+            shape = ops.shape(inputs)[: len(kept)]
+            return thin_product(ops.reshape(inputs, (*shape, self.n_in)), a)
         a = ops.reshape(a, (*self._in_shape, a.shape[-1]))
-        return ops.einsum(self._down_equation, inputs, a)
+        return ops.einsum(self._down_equation, inputs, thin_factor(a))
 
     def up(self, codes, b):
+        if self._in_order():
+            product = thin_product(codes, b)
+            shape = (*ops.shape(codes)[:-1], *self._out_shape)
+            return ops.reshape(product, shape)
         b = ops.reshape(b, (b.shape[0], *self._out_shape))
         return ops.einsum(self._up_equation, codes, b)
 
     def add(self, outputs, inputs, a, b, **kwargs):
-        _, target, _, columns = self._letters
         codes, total = self.down(inputs, a), None
-        # Else B's columns are not those of the outputs, one after the other.
-        if target.endswith(columns) and columns:
+        if self._in_order():
             total = multiply_add(outputs, codes, b)
         if total is None:
             total = outputs + ops.cast(self.up(codes, b), outputs.dtype)
         return total
+
+    def _in_order(self):
+        """Whether B's columns are those of the outputs, side by side."""
+        _, target, _, columns = self._letters
+        return columns and target.endswith(columns)
 
     def spread(self, row, outputs):
         _, target, _, columns = self._letters

@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_spectral._backend import thin_product
 from keras_spectral.kernels.view import KernelView
 
 
@@ -21,7 +22,7 @@ class EmbeddingView(KernelView):
         return ops.one_hot(ops.reshape(inputs, (-1,)), self.n_in)
 
     def up(self, codes, b):
-        return ops.matmul(codes, b)
+        return thin_product(codes, b)
 
     def positions(self, input_shape):
         return math.prod(size or 1 for size in input_shape[1:])
@@ -76,6 +77,5 @@ class ReversibleEmbeddingView(EmbeddingView):
             return super().apply(inputs, a, b)
         if not self.layer.tie_weights:
             return ops.zeros((), inputs.dtype)
-        return ops.matmul(
-            ops.matmul(inputs, ops.transpose(b)), ops.transpose(a)
-        )
+        codes = thin_product(inputs, ops.transpose(b))
+        return thin_product(codes, ops.transpose(a))
