@@ -60,7 +60,7 @@ METHODS: dict[str, dict] = {
     "spectral_rotate": {"method": "spectral", "mode": "rotate", "rank": RANK},
     "conditional_spectral": {},
 }
-CASES = ("minilm", "dense")
+CASES = ("minilm", "dense", "tokens")
 EVENTS: list = []
 
 
@@ -88,9 +88,11 @@ BLOCKS: dict[str, dict] = {
     "prefix": {},
     "unipelt": {"lora": RANK},
 }
-BATCH = {"minilm": 16, "dense": 256}
+BATCH = {"minilm": 16, "dense": 256, "tokens": 16}
 STEPS = 12
 TOKENS = 128
+# Of the models of Dense layers: an input, and the units that it grows to.
+DENSE = {"dense": ((1024,), 4096), "tokens": ((TOKENS, 384), 1536)}
 
 
 @functools.cache
@@ -100,8 +102,9 @@ def random_rows(case: str, batch: int, steps: int) -> tuple[Any, Any]:
 
     rng = np.random.default_rng(0)
     rows = batch * steps
-    if case == "dense":
-        inputs, targets = rng.standard_normal((2, rows, 1024), "float32")
+    if case in DENSE:
+        shape, _ = DENSE[case]
+        inputs, targets = rng.standard_normal((2, rows, *shape), "float32")
         return inputs, targets
     inputs = {
         "token_ids": rng.integers(1000, 20000, (rows, TOKENS)).astype("int32"),
@@ -123,15 +126,16 @@ def minilm_case() -> tuple[Any, list]:
     return model, layers
 
 
-def dense_case() -> tuple[Any, list]:
-    """Dense 1024 -> 4096 -> 1024 twice, and its layers."""
+def dense_case(case: str) -> tuple[Any, list]:
+    """Two Dense layers, wide and back, twice, and its layers."""
     import keras
 
+    shape, wide = DENSE[case]
     layers = [
         keras.layers.Dense(units, activation="relu", name=f"dense_{i}")
-        for i, units in enumerate([4096, 1024, 4096, 1024])
+        for i, units in enumerate([wide, shape[-1]] * 2)
     ]
-    return keras.Sequential([keras.Input((1024,)), *layers]), layers
+    return keras.Sequential([keras.Input(shape), *layers]), layers
 
 
 def train_only(model: Any, variables: list) -> None:
@@ -160,7 +164,7 @@ def build(
 
     import keras_spectral as ks
 
-    model, layers = minilm_case() if case == "minilm" else dense_case()
+    model, layers = minilm_case() if case == "minilm" else dense_case(case)
     inputs, targets = random_rows(case, batch, steps)
     loss = (
         keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -480,7 +484,7 @@ def main() -> None:
     for backend in backends.split(","):
         for case in cases:
             # The prototype is for a stack of Dense only, which has no blocks.
-            left_out = BLOCKS if case == "dense" else ("gated_rebuilt",)
+            left_out = BLOCKS if case in DENSE else ("gated_rebuilt",)
             args.variants = [v for v in asked if v not in left_out]
             args.batch = batch or BATCH[case]
             rows, card = measure(case, backend, args)

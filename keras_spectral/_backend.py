@@ -184,7 +184,8 @@ def thin_factor(a):
         return a
     import jax
 
-    if jax.default_backend() != "cpu":
+    # Before 0.6 barriers have no gradients.
+    if jax.default_backend() != "cpu" or jax.__version_info__ < (0, 6):
         return a
     turned = jax.lax.optimization_barrier(keras.ops.moveaxis(a, -1, 0))
     return keras.ops.moveaxis(turned, 0, -1)
