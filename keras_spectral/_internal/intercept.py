@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 
 import keras
+from keras.src.backend.common.variables import AutocastScope
 
 
 @contextlib.contextmanager
@@ -40,3 +41,12 @@ def _handled(handler, call):
         return handler(call, inputs, *args, **kwargs)
 
     return handled
+
+
+def without_casts() -> contextlib.AbstractContextManager:
+    """Inside, also within a layer's call, variables have their own dtype.
+
+    Where a layer computes in another one Keras casts what is read, and on
+    PyTorch what is assigned goes to the cast copy and is lost.
+    """
+    return AutocastScope(None)

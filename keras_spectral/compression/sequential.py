@@ -16,6 +16,7 @@ from keras import ops
 from keras_spectral._backend import to_numpy
 from keras_spectral._backend import without_gradients
 from keras_spectral._internal.intercept import intercepted
+from keras_spectral._internal.intercept import without_casts
 from keras_spectral.compression.fit import Fit
 from keras_spectral.compression.pairs import Pair
 from keras_spectral.compression.pairs import fitted_pair
@@ -126,7 +127,8 @@ class _Member:
             cross=cross,
         )
         self.sums = None
-        self.pair = fitted_pair(fit, self.choice)
+        with without_casts():  # of the layer that is running
+            self.pair = fitted_pair(fit, self.choice)
 
 
 class _Stop(BaseException):

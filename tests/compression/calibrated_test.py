@@ -332,6 +332,27 @@ def test_tables_are_truncated_as_without_data():
         assert isinstance(plain, ks.LowRank)
 
 
+def test_a_single_batch_in_mixed_precision():
+    """Its layers are solved while the model runs and casts its variables."""
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Dense(32, activation, dtype="mixed_bfloat16")
+        for activation in ("relu", "relu", None)
+    ]
+    model = keras.Sequential([keras.Input((32,)), *layers])
+    options = {"calibration": X, "sequential": True, "method": "uniform"}
+    small, whole = (
+        ks.compress_model(model, 0.5, batch_size=size, **options)
+        for size in (8, len(X))
+    )
+    errors = _error(model, small), _error(model, whole)
+    assert errors[0] < 0.7
+    np.testing.assert_allclose(*errors, rtol=0.05)
+    for one, other in zip(_report(small), _report(whole)):
+        assert one.rank == other.rank
+        np.testing.assert_allclose(one.error, other.error, rtol=0.05)
+
+
 def test_a_layer_of_several_calls_has_one_pair():
     keras.utils.set_random_seed(0)
     shared = keras.layers.Dense(32, "tanh", name="shared")
