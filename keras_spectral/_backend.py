@@ -7,6 +7,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+_FEW = 128  # columns; to turn round more of them costs what it saves
+
 
 def eagerly() -> contextlib.AbstractContextManager:
     """Runs what is inside now, even while a TensorFlow graph is traced."""
@@ -154,13 +156,14 @@ def thin_product(inputs, matrix):
     as long; and see `thin_factor`.
     """
     ops, (n, m) = keras.ops, matrix.shape
+    few = m <= min(n, _FEW)
     if keras.backend.backend() == "torch":
-        if m <= n and _on_cpu(inputs, matrix):
+        if few and _on_cpu(inputs, matrix):
             import torch
 
             return torch.nn.functional.linear(inputs, matrix.T.contiguous())
         return ops.matmul(inputs, matrix)
-    if m <= n:
+    if few:
         matrix = thin_factor(matrix)
     product = ops.matmul(ops.reshape(inputs, (-1, n)), matrix)
     return ops.reshape(product, (*ops.shape(inputs)[:-1], m))

@@ -11,7 +11,7 @@ from keras_spectral._backend import thin_product
 
 
 @pytest.mark.parametrize("rows", [(), (5,), (2, 3), (2, 1, 3)])
-@pytest.mark.parametrize("shape", [(9, 2), (2, 9), (4, 4)])
+@pytest.mark.parametrize("shape", [(9, 2), (2, 9), (4, 4), (150, 140)])
 def test_a_thin_product_and_its_gradients(rows, shape):
     rng = np.random.default_rng(0)
     x = keras.Variable(rng.normal(size=(*rows, shape[0])), dtype="float32")
@@ -28,7 +28,7 @@ def test_a_thin_product_and_its_gradients(rows, shape):
         gradient_function(lambda: value(ops.matmul), [x, matrix])(),
     ):
         found, wanted = map(ops.convert_to_numpy, (found, wanted))
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
     np.testing.assert_allclose(
         ops.convert_to_numpy(value(thin_product)),
         ops.convert_to_numpy(value(ops.matmul)),
