@@ -41,10 +41,9 @@ STEPS = 2
 
 def our_steps(variant: str) -> Callable[[], None]:
     """Training steps of `step_time.py`, as a function."""
-    model, inputs, targets = step_time.build("minilm", variant)
-    rows = STEPS * step_time.BATCH["minilm"]
-    inputs = {name: value[:rows] for name, value in inputs.items()}
-    return lambda: step_time.fit("minilm", model, inputs, targets[:rows])
+    batch = step_time.BATCH["minilm"]
+    parts = step_time.build("minilm", variant, batch, STEPS)
+    return lambda: step_time.fit(batch, *parts)
 
 
 def peer_steps() -> Callable[[], None]:
