@@ -10,6 +10,7 @@ from keras_spectral._internal.checks import check_choice
 from keras_spectral._internal.checks import check_rank
 from keras_spectral._internal.checks import derived_seed
 from keras_spectral.layers.kernel_adapter import KernelAdapter
+from keras_spectral.layers.moments import Moments
 from keras_spectral.layers.starts import LOADED
 from keras_spectral.layers.starts import NEEDS
 from keras_spectral.layers.starts import STARTS
@@ -117,6 +118,12 @@ class LowRankAdapter(KernelAdapter):
                     if needed
                     else "Expected none: this start needs none."
                 )
+            )
+        if needed == "calibration" and not isinstance(data, Moments | str):
+            raise ValueError(
+                f"Received start_data={data!r} for layer '{self.name}'. "
+                f"Expected `wrap_model(..., {needed}=...)`, which gives each "
+                "layer the moments of its own inputs."
             )
         self.start_data = LOADED if isinstance(data, str) else data
 

@@ -255,6 +255,10 @@ def test_files_hold_what_data_gave(tmp_path):
         ({"initializer": "eva"}, "wrap_model.*calibration="),
         ({"initializer": "loftq"}, "wrap_model.*original="),
         ({"calibration": 3, "initializer": "eva"}, "calibration=3"),
+        (
+            {"start_data": "found", "initializer": "eva"},
+            "start_data=.*wrap_model.*calibration=",
+        ),
         ({"calibration": "found"}, "this start needs none"),
         (
             {"calibration": "found", "original": 3, "initializer": "eva"},
@@ -264,8 +268,9 @@ def test_files_hold_what_data_gave(tmp_path):
 )
 def test_starts_that_lack_data(options, match):
     model = _model()
-    if options.get("calibration") == "found":
-        options = {**options, "calibration": ks.calibrate(model, X, "all")}
+    for name in ("calibration", "start_data"):
+        if options.get(name) == "found":
+            options = {**options, name: ks.calibrate(model, X, "all")}
     with pytest.raises(ValueError, match=match):
         ks.wrap_model(model, "lora", "all", rank=2, **options)
     with pytest.raises(ValueError, match="initializer='eva'"):
